@@ -1,0 +1,126 @@
+"""What the collator promises: two views of the same answers.
+
+A `View` is one padded batch of token ids with its mask and its labels. A `Batch` holds the student's view and, where
+the teacher reads another prompt, the teacher's. The promise is that the supervised ids of both views are the same ids
+in the same order, so row i of the student and row i of the teacher predict the same token, whatever the two prompts
+are.
+
+This module knows nothing of models, teachers or losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+"""The label of a position where nothing is learned."""
+
+_FIELDS = ("input_ids", "attention_mask", "labels")
+
+
+def predicted(labels: Tensor) -> Tensor:
+    """Mark the positions whose prediction is supervised: position t predicts `labels[:, t + 1]`.
+
+    Args:
+        labels: [B, T] token ids, `IGNORE` where nothing is learned.
+
+    Returns:
+        [B, T - 1] booleans. This is the shift that every count and every row selection in the project goes through.
+    """
+    return labels[:, 1:] != IGNORE
+
+
+@dataclass(frozen=True)
+class View:
+    """One padded batch of sequences as a model reads them.
+
+    Args:
+        input_ids: [B, T] token ids.
+        attention_mask: [B, T] ones on real tokens, zeros on padding (left or right).
+        labels: [B, T] the ids to learn, `IGNORE` elsewhere.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+
+    @property
+    def position_ids(self) -> Tensor:
+        """[B, T] positions that count real tokens only, so that left padding does not move learned positions."""
+        return (self.attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+
+    @property
+    def targets(self) -> Tensor:
+        """[N] the supervised token ids, row by row."""
+        return self.labels[:, 1:][predicted(self.labels)]
+
+    @property
+    def tokens(self) -> int:
+        """The number N of supervised tokens."""
+        return int(predicted(self.labels).sum())
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The student's view, the teacher's view where it differs, and optional weights of the supervised tokens.
+
+    Args:
+        student: What the student reads.
+        teacher: What the teacher reads; None where it reads the student's view.
+        token_weights: [N] factors of the supervised tokens in the order of `student.targets`; None means 1.
+    """
+
+    student: View
+    teacher: View | None = None
+    token_weights: Tensor | None = None
+
+    @property
+    def teacher_view(self) -> View:
+        """The view that the teacher reads."""
+        return self.student if self.teacher is None else self.teacher
+
+    def to_inputs(self) -> dict[str, Tensor]:
+        """Flatten to the dictionary of tensors that Trainer and Accelerate move, count and slice.
+
+        Returns:
+            `input_ids`, `attention_mask`, `labels`, with a teacher view also `teacher_*`, with weights also
+            `token_weights` [B, T].
+        """
+        inputs = {name: getattr(self.student, name) for name in _FIELDS}
+        if self.teacher is not None:
+            inputs |= {f"teacher_{name}": getattr(self.teacher, name) for name in _FIELDS}
+        if self.token_weights is not None:
+            padded = torch.zeros(self.student.labels.shape, dtype=torch.float32, device=self.token_weights.device)
+            padded[:, 1:][predicted(self.student.labels)] = self.token_weights.float()
+            inputs["token_weights"] = padded
+        return inputs
+
+    @classmethod
+    def from_inputs(cls, inputs: Mapping[str, Tensor]) -> Batch:
+        """Rebuild the batch from `to_inputs`.
+
+        Args:
+            inputs: The dictionary that the collator returned.
+
+        Raises:
+            KeyError: A field of a view is missing.
+        """
+        missing = [name for name in _FIELDS if name not in inputs]
+        if missing:
+            raise KeyError(
+                f"The batch has the keys {sorted(inputs)} but a distillation batch needs {list(_FIELDS)}; missing "
+                f"{missing}. "
+                "Use `hfkd.data.DistillationCollator`, or return these keys from your own collator."
+            )
+        student = View(*(inputs[name] for name in _FIELDS))
+        teacher = None
+        if "teacher_input_ids" in inputs:
+            teacher = View(*(inputs[f"teacher_{name}"] for name in _FIELDS))
+        weights = inputs.get("token_weights")
+        if weights is not None:
+            weights = weights[:, 1:][predicted(student.labels)].float()
+        return cls(student=student, teacher=teacher, token_weights=weights)

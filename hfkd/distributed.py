@@ -1,0 +1,70 @@
+"""What has to be done differently because a model is wrapped, sharded or run by several processes.
+
+Gradient synchronisation (DDP) and parameter gathering (FSDP, ZeRO-3) are armed by the wrapped model's own forward.
+Work that needs them, such as a backbone without its head followed by a loss, is therefore run *inside* that forward.
+This module knows nothing of losses or teachers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor, nn
+
+
+def run_inside(wrapped: nn.Module, module: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
+    """Call `function(*args)` in the place of `module.forward`, from within the wrapped model's forward.
+
+    Args:
+        wrapped: What Accelerate made of the model (DDP, FSDP, DeepSpeed engine), or the model itself.
+        module: The model inside `wrapped`.
+        function: What to run there; it may call `module` again (the original forward is back by then).
+        *args: Arguments of `function`.
+
+    Returns:
+        What `function` returned.
+    """
+    if wrapped is module:
+        return function(*args)
+    original = module.__dict__.get("forward")
+
+    def restore() -> None:
+        if original is None:
+            module.__dict__.pop("forward", None)
+        else:
+            module.__dict__["forward"] = original
+
+    def redirected(*inner: Any, **_: Any) -> Any:
+        restore()
+        return function(*inner)
+
+    module.__dict__["forward"] = redirected
+    try:
+        return wrapped(*args)
+    finally:
+        restore()
+
+
+def total_over_processes(count: int | float, device: torch.device) -> Tensor:
+    """Sum a number over all processes.
+
+    Args:
+        count: This process's number.
+        device: Where the collective runs.
+
+    Returns:
+        A float64 scalar (float32 on devices without float64), the same on every process.
+    """
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    total = torch.tensor(float(count), dtype=dtype, device=device)
+    if PartialState().num_processes > 1:
+        torch.distributed.all_reduce(total)
+    return total
+
+
+def is_main_process() -> bool:
+    """Whether this process may print and write."""
+    return PartialState().is_main_process

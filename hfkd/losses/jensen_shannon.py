@@ -1,0 +1,61 @@
+"""The generalised Jensen-Shannon divergence: both models against a mixture of them, so that it is bounded."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hfkd.losses.base import Divergence
+from hfkd.losses.kl import kl
+
+
+class JensenShannon(Divergence):
+    """Punishes either model's distance from their mixture; never above log 2, so that single tokens can't dominate.
+
+    Formula:
+        w KL(q || m) + (1 - w) KL(p || m), m = w q + (1 - w) p, w = mixture_weight, p the teacher, q the student.
+    Args:
+        mixture_weight: The student's share of the mixture, strictly between 0 and 1. At either end it is 0 everywhere:
+            take `forward_kl` or `reverse_kl` there. Near 0 it is about mixture_weight * reverse KL, near 1 about (1 -
+            mixture_weight) * forward KL.
+        temperature: Divides both models' logits, > 0.
+        scale_by_temperature_squared: Multiply by temperature ** 2.
+    Reads:
+        Both distributions.
+    Cost:
+        O(V) per token, about twice a KL.
+    Undefined:
+        Nowhere.
+    Paper:
+        Agarwal et al. (GKD), 2023, https://arxiv.org/abs/2306.13649; their code swaps in the two KLs at the ends,
+        where its scale jumps.
+    Example:
+        >>> import torch
+        >>> JensenShannon().between(torch.tensor([[1.0, 1e-9]]).log(), torch.tensor([[1e-9,
+        1.0]]).log()).round(decimals=4) tensor([0.6931])
+    """
+
+    def __init__(
+        self, mixture_weight: float = 0.5, temperature: float = 1.0, scale_by_temperature_squared: bool = True
+    ) -> None:
+        super().__init__(temperature, scale_by_temperature_squared)
+        if not 0 < mixture_weight < 1:
+            raise ValueError(
+                f"{self.key}: mixture_weight is {mixture_weight}; expected a number strictly between 0 and 1, because "
+                f"at both ends the "
+                "divergence is 0 whatever the student does. Use forward_kl or reverse_kl instead."
+            )
+        self.mixture_weight = float(mixture_weight)
+
+    def between(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Return [n], the divergence from the mixture."""
+        weight = self.mixture_weight
+        mixture = torch.logaddexp(student + math.log(weight), teacher + math.log1p(-weight))
+        return weight * kl(student, mixture) + (1 - weight) * kl(teacher, mixture)
+
+    def settings(self) -> dict[str, Any]:
+        """The mixture weight and what every divergence has."""
+        return {"mixture_weight": self.mixture_weight, **super().settings()}

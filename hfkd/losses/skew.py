@@ -1,0 +1,87 @@
+"""Skew KL: one model against a mixture that contains a little of itself, so that the gradient stays bounded."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hfkd.losses.base import Divergence
+from hfkd.losses.kl import kl
+
+
+class _Skew(Divergence):
+    def __init__(self, skew: float = 0.1, temperature: float = 1.0, scale_by_temperature_squared: bool = True) -> None:
+        super().__init__(temperature, scale_by_temperature_squared)
+        if not 0 < skew < 1:
+            plain = self.key.removeprefix("skew_")
+            raise ValueError(
+                f"{self.key}: skew is {skew}; expected a number strictly between 0 and 1. For 0 use {plain}; 1 is 0 "
+                f"everywhere."
+            )
+        self.skew = float(skew)
+
+    def _mix(self, inside: Tensor, other: Tensor) -> Tensor:
+        return torch.logaddexp(inside + math.log(self.skew), other + math.log1p(-self.skew))
+
+    def settings(self) -> dict[str, Any]:
+        """The skew and what every divergence has."""
+        return {"skew": self.skew, **super().settings()}
+
+
+class SkewForwardKL(_Skew):
+    """Punishes a student that misses what the teacher finds likely, with a bound on what one token can cost.
+
+    Formula:
+        KL(p || skew p + (1 - skew) q), p the teacher, q the student.
+    Args:
+        skew: The teacher's share of the mixture, strictly between 0 and 1.
+        temperature: Divides both models' logits, > 0.
+        scale_by_temperature_squared: Multiply by temperature ** 2.
+    Reads:
+        Both distributions.
+    Cost:
+        O(V) per token.
+    Undefined:
+        Nowhere; never above -log(skew).
+    Paper:
+        Ko et al. (DistiLLM), 2024, https://arxiv.org/abs/2402.03898.
+    Example:
+        >>> import torch
+        >>> SkewForwardKL().between(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.9,
+        0.1]]).log()).round(decimals=4) tensor([0.2928])
+    """
+
+    def between(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Return [n], KL(teacher || mixture)."""
+        return kl(teacher, self._mix(teacher, student))
+
+
+class SkewReverseKL(_Skew):
+    """Punishes a student that believes what the teacher doesn't, with a bound on what one token can cost.
+
+    Formula:
+        KL(q || skew q + (1 - skew) p), p the teacher, q the student.
+    Args:
+        skew: The student's share of the mixture, strictly between 0 and 1.
+        temperature: Divides both models' logits, > 0.
+        scale_by_temperature_squared: Multiply by temperature ** 2.
+    Reads:
+        Both distributions.
+    Cost:
+        O(V) per token.
+    Undefined:
+        Nowhere; never above -log(skew).
+    Paper:
+        Ko et al. (DistiLLM), 2024, https://arxiv.org/abs/2402.03898.
+    Example:
+        >>> import torch
+        >>> SkewReverseKL().between(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.9,
+        0.1]]).log()).round(decimals=4) tensor([0.3782])
+    """
+
+    def between(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Return [n], KL(student || mixture)."""
+        return kl(student, self._mix(student, teacher))
