@@ -79,6 +79,20 @@ def test_killed_run_goes_on_where_it_stopped(torn, tmp_path):
     assert run(path, PROMPTS, third) == EXPECTED and third.asked == []
 
 
+def test_each_answer_is_on_disk_before_the_next(tmp_path):
+    """Prevents a kill, which runs no clean-up, from taking answers along that were still in a buffer."""
+    path, seen = tmp_path / "answers.jsonl", []
+
+    class Watching(Echo):
+        def stream(self, model, prompts, description=None):
+            for answer in super().stream(model, prompts, description):
+                seen.append(path.read_bytes().count(b"finished"))
+                yield answer
+
+    run(path, PROMPTS, Watching())
+    assert seen == [0, 1, 2]
+
+
 def test_torn_header_begins_anew(tmp_path):
     """Prevents a run that was killed in its first moment from blocking every later one."""
     path = tmp_path / "answers.jsonl"
@@ -215,7 +229,7 @@ def test_only_the_first_process_generates(tmp_path, monkeypatch):
 
 
 def test_a_failure_reaches_the_other_processes(tmp_path, monkeypatch):
-    """Prevents the others from waiting for ever for a process that has failed, and its mark from blocking the next run."""
+    """Prevents the others from waiting for ever for one that has failed, and its mark from blocking the next run."""
     monkeypatch.setattr(answers, "PartialState", OneOf)
     monkeypatch.setattr(answers, "_POLL_SECONDS", 0.01)
     path = tmp_path / "answers.jsonl"
