@@ -13,6 +13,7 @@ import torch
 from conftest import make_model
 from rich.console import Console
 
+from hfkd.data.prompts import PromptBuilder, PromptStyle
 from hfkd.eval import k_shot
 from hfkd.eval.k_shot import KShotReport, chosen_demonstrations, evaluate_k_shot, gold_answer, score
 from hfkd.rollout import Completion, HFRollout
@@ -102,15 +103,17 @@ def test_chat_prompts_have_no_text_stop(tokenizer, says):
 def test_with_a_real_model(tokenizer):
     """Prevents the parts from failing together: the ids, the stop string and the order of answers."""
     model = make_model()
+    builder = PromptBuilder(tokenizer, PromptStyle(answer="{completion}\n"))
     report = evaluate_k_shot(
-        model, tokenizer, ITEMS, DEMONSTRATIONS, Builder(tokenizer), shots=(0, 1, 4), max_new_tokens=6, batch_size=2
+        model, tokenizer, ITEMS, DEMONSTRATIONS, builder, shots=(0, 1, 4), max_new_tokens=6, batch_size=2
     )
     for shots, result in report.results.items():
         for row, prediction in zip(ITEMS, result.predictions, strict=True):
-            ids = Builder(tokenizer).encode_prompt(row, DEMONSTRATIONS[:shots])
+            shown = [f"Question: {one['prompt']}\nAnswer:{one['completion']}\n\n" for one in DEMONSTRATIONS[:shots]]
+            ids = tokenizer("".join([*shown, f"Question: {row['prompt']}\nAnswer:"]))["input_ids"]
             new = model.generate(torch.tensor([ids]), max_new_tokens=6, do_sample=False)[0, len(ids) :].tolist()
             new = new[: new.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in new else new
-            text = tokenizer.decode(new).split("\n")[0].strip()
+            text = tokenizer.decode(new, skip_special_tokens=True).split("\n")[0].strip()
             assert prediction == (text.splitlines()[0].strip() if text else "")
 
 
@@ -169,7 +172,7 @@ def test_gold_answers_of_all_row_kinds():
     assert gold_answer({"completion": [{"role": "assistant", "content": " went "}]}) == "went"
     turns = [{"role": "user", "content": "go"}, {"role": "assistant", "content": "went"}]
     assert gold_answer({"messages": turns, "answer": None}) == "went"
-    with pytest.raises(ValueError, match="columns"):
+    with pytest.raises(ValueError, match="completion"):
         gold_answer({"prompt": "go"})
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,13 +19,12 @@ from rich.table import Table
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from hfkd.data.messages import Row, completion_text
 from hfkd.data.prompts import PromptBuilder
 from hfkd.data.select import check_leakage
 from hfkd.eval.answers import EXTRACTORS, match
 from hfkd.rollout.base import GenerationSettings
 from hfkd.rollout.hf import HFRollout
-
-Row = Mapping[str, Any]
 
 _LONGEST_QUOTE = 30
 
@@ -186,22 +185,12 @@ def chosen_demonstrations(
 
 
 def gold_answer(row: Row) -> str:
-    """The answer that counts as right: `answer`, or what the completion or the last message says.
+    """The answer that counts as right: `answer`, or what the completion says.
 
     Raises:
         ValueError: The row has none of them.
     """
-    if row.get("answer") is not None:
-        return str(row["answer"]).strip()
-    completion = row.get("completion") or row.get("messages")
-    if isinstance(completion, str):
-        return completion.strip()
-    if completion:
-        return completion[-1]["content"].strip()
-    raise ValueError(
-        f"A row to be scored has the columns {sorted(row)}; expected `answer`, `completion` or `messages`. Name the "
-        "column that holds the answer under `columns`."
-    )
+    return completion_text(row) if row.get("answer") is None else str(row["answer"]).strip()
 
 
 def score(shots: int, predictions: Sequence[str | None], golds: Sequence[str], tolerance: float = 0.0) -> ShotResult:
