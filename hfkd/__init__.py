@@ -1,0 +1,49 @@
+"""hfkd: knowledge distillation of causal language models on the Hugging Face stack.
+
+The names below are loaded when they are first used, so that `import hfkd` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "DistillationTrainer": "hfkd.trainer",
+    "DistillationConfig": "hfkd.config",
+    "Objective": "hfkd.objective",
+    "build_objective": "hfkd.objective",
+    "Divergence": "hfkd.losses",
+    "TokenLoss": "hfkd.losses",
+    "LOSSES": "hfkd.losses",
+    "Teacher": "hfkd.teachers",
+    "LocalTeacher": "hfkd.teachers",
+    "SelfTeacher": "hfkd.teachers",
+    "PromptStyle": "hfkd.data.prompts",
+    "PromptBuilder": "hfkd.data.prompts",
+    "DistillationDataset": "hfkd.data.views",
+    "DistillationCollator": "hfkd.data.collate",
+    "Source": "hfkd.data.load",
+    "load_rows": "hfkd.data.load",
+    "evaluate_k_shot": "hfkd.eval.k_shot",
+    "load_recipe": "hfkd.recipe",
+    "run_recipe": "hfkd.run",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+if TYPE_CHECKING:
+    from hfkd.config import DistillationConfig as DistillationConfig
+    from hfkd.trainer import DistillationTrainer as DistillationTrainer
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'hfkd' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,68 @@
+"""The settings of a training run: `transformers.TrainingArguments` and the few that distillation adds.
+
+What is learned (terms, teacher, prompts) isn't set here; how it is run is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+RUN_POLICIES = ("refuse", "resume", "overwrite")
+
+
+@dataclass
+class DistillationConfig(TrainingArguments):
+    """Settings of a `DistillationTrainer`; everything else is as in `TrainingArguments`.
+
+    Args:
+        chunk_size: Supervised tokens projected to the vocabulary at once; None chooses from its size. Changes memory,
+            not the loss.
+        max_length: The most tokens of the student's view, prompt and answer together.
+        teacher_max_length: The same for the teacher's view; None takes `max_length`.
+        too_long: What happens to an example above its limit: `raise`, or `drop` (counted). Nothing is ever cut.
+        log_agreement: Log on how many tokens student and teacher have the same likeliest token.
+        model_init_kwargs: Arguments of `from_pretrained` where the student is given by name.
+        run_policy: What to do with an output folder that holds another run: `refuse`, `resume` it or `overwrite` it
+            (recipes only).
+    """
+
+    chunk_size: int | None = field(default=None, metadata={"help": "Supervised tokens projected at once."})
+    max_length: int = field(default=2048, metadata={"help": "The most tokens of the student's view."})
+    teacher_max_length: int | None = field(default=None, metadata={"help": "The most tokens of the teacher's view."})
+    too_long: str = field(default="raise", metadata={"help": "raise or drop."})
+    log_agreement: bool = field(default=True, metadata={"help": "Log the agreement with the teacher."})
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Arguments of from_pretrained."}
+    )
+    run_policy: str = field(default="refuse", metadata={"help": "refuse, resume or overwrite."})
+
+    # Defaults that differ from TrainingArguments, because two views have columns that no model's forward names,
+    # because a loss that nobody sees helps nobody, and because trackers are asked for, not met.
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
+    report_to: None | str | list[str] = field(default="none", metadata={"help": "Trackers."})
+
+    def __post_init__(self) -> None:
+        """Check what can't work."""
+        super().__post_init__()
+        self._refuse(
+            self.remove_unused_columns, "remove_unused_columns is on; the columns of the teacher's view would be lost"
+        )
+        self._refuse(
+            not self.average_tokens_across_devices,
+            "average_tokens_across_devices is off; the loss would change with the number of processes",
+        )
+        self._refuse(self.label_smoothing_factor > 0, "label_smoothing_factor is set; the objective doesn't use it")
+        self._refuse(self.too_long not in ("raise", "drop"), f"too_long is {self.too_long!r}; expected raise or drop")
+        self._refuse(
+            self.run_policy not in RUN_POLICIES,
+            f"run_policy is {self.run_policy!r}; expected one of {', '.join(RUN_POLICIES)}",
+        )
+
+    @staticmethod
+    def _refuse(wrong: bool, text: str) -> None:
+        if wrong:
+            raise ValueError(f"DistillationConfig: {text}. Leave it at its default or correct it.")

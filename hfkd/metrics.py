@@ -1,0 +1,97 @@
+"""What the log says between two steps: each term per token, tokens per second, the teacher's share of the time, the
+agreement.
+
+Sums are kept on the device and read once per log line; nothing here decides anything.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import PartialState
+
+from hfkd.objective import LossSum
+
+
+class Meter:
+    """Sums over the tokens since the last log line.
+
+    Args:
+        device: Where the sums are kept.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._sums: dict[str, torch.Tensor] = {}
+        self._teacher_seconds = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._started = time.perf_counter()
+
+    def add(self, result: LossSum) -> None:
+        """Count one micro-batch.
+
+        Args:
+            result: What the objective said of it.
+        """
+        self._count("tokens", torch.tensor(float(result.tokens), device=self.device))
+        for name, part in result.parts.items():
+            self._count(f"loss/{name}", part.detach().float())
+        if result.agreed is not None:
+            self._count("agreed", result.agreed.float())
+            self._count("measured", torch.tensor(float(result.tokens), device=self.device))
+
+    def _count(self, name: str, value: torch.Tensor) -> None:
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    @contextmanager
+    def teaching(self) -> Iterator[None]:
+        """Time what runs inside as the teacher's share; on CUDA with events, so that nothing has to wait."""
+        if self.device.type == "cuda":
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            yield
+            end.record()
+            self._events.append((start, end))
+            return
+        began = time.perf_counter()
+        yield
+        self._teacher_seconds += time.perf_counter() - began
+
+    def flush(self) -> dict[str, float]:
+        """Read and reset.
+
+        Returns:
+            `loss/<term>` (nats per token, before its weight), `speed/tokens_per_second` and `speed/teacher_share` (of
+            the wall time of this process), `teacher/agreement` (a fraction). Sums are taken over all processes, which
+            must all call this.
+        """
+        elapsed = max(time.perf_counter() - self._started, 1e-9)
+        if not self._sums:
+            return {}
+        sums = self._reduced()
+        tokens = max(sums.pop("tokens"), 1.0)
+        agreed, measured = sums.pop("agreed", None), sums.pop("measured", 1.0)
+        logs = {name: value / tokens for name, value in sums.items()}
+        logs["speed/tokens_per_second"] = tokens / elapsed
+        logs["speed/teacher_share"] = min(1.0, self._teacher_time() / elapsed)
+        if agreed is not None and measured > 0:
+            logs["teacher/agreement"] = agreed / measured
+        self._sums, self._teacher_seconds, self._started = {}, 0.0, time.perf_counter()
+        return logs
+
+    def _reduced(self) -> dict[str, float]:
+        names = sorted(self._sums)
+        values = torch.stack([self._sums[name].reshape(()) for name in names])
+        if PartialState().num_processes > 1:
+            torch.distributed.all_reduce(values)
+        return dict(zip(names, values.tolist(), strict=True))
+
+    def _teacher_time(self) -> float:
+        if self._events:
+            torch.cuda.synchronize(self.device)
+            self._teacher_seconds += sum(start.elapsed_time(end) for start, end in self._events) / 1000
+            self._events = []
+        return self._teacher_seconds

@@ -1,0 +1,29 @@
+"""Teachers: who says what the student should have said. Which *prompt* a teacher reads is decided in `hfkd.data`;
+which *weights* it uses, here.
+"""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from hfkd.teachers.base import Teacher, evaluating
+from hfkd.teachers.local import LocalTeacher, ModelTeacher
+from hfkd.teachers.self_teacher import SelfTeacher
+from hfkd.teachers.vocabulary import check_same_tokens
+
+
+def as_teacher(teacher: Teacher | PreTrainedModel | str | None, adapter: bool) -> Teacher | None:
+    """Make a teacher from its short form.
+
+    Args:
+        teacher: A teacher, a loaded model, a hub id or folder, `"self"`, or None.
+        adapter: Whether the student is a PEFT model; then `"self"` is the base under it, otherwise a frozen copy.
+    """
+    if teacher is None or isinstance(teacher, Teacher):
+        return teacher
+    if teacher == "self":
+        return SelfTeacher("adapter_off" if adapter else "frozen_copy")
+    return LocalTeacher(teacher)
+
+
+__all__ = ["LocalTeacher", "ModelTeacher", "SelfTeacher", "Teacher", "as_teacher", "check_same_tokens", "evaluating"]

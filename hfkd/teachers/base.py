@@ -1,0 +1,98 @@
+"""What a teacher is: something that says, for each supervised token of a batch, what the student should have said.
+
+A teacher knows no loss and no trainer. A new one is a class with one method, `signal`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hfkd.batch import Batch
+from hfkd.signal import DISTRIBUTION, TeacherSignal
+
+
+class Teacher(ABC):
+    """The interface of every teacher."""
+
+    provides: frozenset[str] = frozenset({DISTRIBUTION})
+    """What it can be asked for (see `hfkd.signal`)."""
+
+    needs_second_view: bool = False
+    """Whether it can teach nothing unless it reads another prompt than the student."""
+
+    tokenizer: PreTrainedTokenizerBase | None = None
+    """Its tokenizer where it has one of its own; compared with the student's."""
+
+    def prepare(self, accelerator: Accelerator, student: nn.Module) -> None:
+        """Load, freeze and place what is needed.
+
+        Args:
+            accelerator: Of the trainer.
+            student: The student, before it is wrapped.
+        """
+        return None
+
+    @abstractmethod
+    def signal(self, batch: Batch, needs: frozenset[str]) -> TeacherSignal:
+        """Speak of the supervised tokens of a batch.
+
+        Args:
+            batch: The N supervised tokens are those of `batch.teacher_view`, row by row.
+            needs: What the losses ask for.
+
+        Returns:
+            The signal, N rows.
+        """
+
+    def weights(self) -> AbstractContextManager[PreTrainedModel]:
+        """A context in which the returned model generates as the teacher does.
+
+        Raises:
+            TypeError: This teacher has no model to generate with.
+        """
+        raise TypeError(f"{type(self).__name__} has no model that can write answers. Use `answer: dataset`.")
+
+    def share_prefix(self, ids: Sequence[int]) -> None:
+        """Hear of the tokens that all its prompts begin with; a teacher may use them to save work."""
+        return None
+
+    def after_step(self, step: int) -> None:
+        """Hear that the optimizer changed the student.
+
+        Args:
+            step: Optimizer steps made so far.
+        """
+        return None
+
+    def describe(self) -> dict[str, Any]:
+        """Plain data for the run record and the card."""
+        return {"kind": type(self).__name__}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold to continue with the same teacher; empty for a frozen one."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take back what `state_dict` gave."""
+        return None
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put every module into eval mode (no dropout, an adapter's included), and each back into its own mode
+    afterwards.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

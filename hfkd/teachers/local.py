@@ -1,0 +1,131 @@
+"""A teacher that is a model in this process: its forward pass, with the shared prefix of its prompts run once."""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from hfkd.batch import Batch, View
+from hfkd.errors import UnsupportedCache
+from hfkd.prefix import SharedPrefix
+from hfkd.rows import DenseRows, Head, decode, supervised
+from hfkd.signal import TeacherSignal
+from hfkd.teachers.base import Teacher, evaluating
+
+logger = logging.getLogger(__name__)
+
+
+class ModelTeacher(Teacher):
+    """The part that all teachers with a model share; a subclass says which weights are in force.
+
+    Args:
+        reuse_prefix: Run the tokens that all prompts begin with once (from 32 tokens on) and keep their keys and
+            values.
+    """
+
+    def __init__(self, reuse_prefix: bool = True) -> None:
+        self.reuse_prefix = reuse_prefix
+        self.prefix: SharedPrefix | None = None
+
+    @abstractmethod
+    def weights(self) -> Any:
+        """A context that yields the model with the teacher's weights in force, in eval mode."""
+
+    def share_prefix(self, ids: Sequence[int]) -> None:
+        """Keep the prefix if it is long enough to pay and wanted."""
+        self.prefix = SharedPrefix(ids) if self.reuse_prefix and len(ids) >= SharedPrefix.MINIMUM else None
+
+    def signal(self, batch: Batch, needs: frozenset[str]) -> TeacherSignal:
+        """Run the model on the teacher's view, without a graph, and keep the supervised rows."""
+        with torch.no_grad(), self.weights() as model:
+            return TeacherSignal(self._rows(model, batch.teacher_view))
+
+    def _rows(self, model: PreTrainedModel, view: View) -> DenseRows:
+        rest = None if self.prefix is None else self.prefix.rest_of(view)
+        if rest is not None:
+            try:
+                hidden = self.prefix.decode_rest(model, rest)
+                return DenseRows(supervised(hidden, rest.labels), Head.of(model))
+            except UnsupportedCache as error:
+                logger.warning("The teacher's shared prefix of %d tokens isn't reused: %s", len(self.prefix), error)
+                self.prefix = None
+        hidden = decode(model, view.input_ids, view.attention_mask, view.position_ids).last_hidden_state
+        return DenseRows(supervised(hidden, view.labels), Head.of(model))
+
+
+class LocalTeacher(ModelTeacher):
+    """Any causal LM, frozen.
+
+    Args:
+        model: A loaded model, or a hub id or folder to load at `prepare`.
+        revision: Of a hub id.
+        dtype: Of the weights when they are loaded: a torch dtype, its name, or `auto`.
+        trust_remote_code: Whether code from the model's repository may run; off by default.
+        reuse_prefix: See `ModelTeacher`.
+        load_kwargs: More arguments of `from_pretrained`, a `quantization_config` for 4 or 8 bits, say.
+        tokenizer: Its tokenizer; loaded beside the weights where `model` is an id. Compared with the student's.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | str,
+        *,
+        revision: str | None = None,
+        dtype: str | torch.dtype = "auto",
+        trust_remote_code: bool = False,
+        reuse_prefix: bool = True,
+        load_kwargs: dict[str, Any] | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        super().__init__(reuse_prefix)
+        self.model = None if isinstance(model, str) else model
+        self.name = model if isinstance(model, str) else getattr(model, "name_or_path", "") or type(model).__name__
+        self.revision, self.dtype, self.trust_remote_code = revision, dtype, trust_remote_code
+        self.load_kwargs = dict(load_kwargs or {})
+        self.tokenizer = tokenizer
+
+    def prepare(self, accelerator: Accelerator, student: nn.Module) -> None:
+        """Load the model if it was given by name, freeze it and put it on the student's device."""
+        if self.model is None:
+            self._load()
+        self.model.requires_grad_(False).eval()
+        if not getattr(self.model, "hf_device_map", None) and not getattr(self.model, "is_quantized", False):
+            self.model.to(accelerator.device)
+
+    def _load(self) -> None:
+        shared = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+        # Pickled weights can run code when they are read; a GGUF file is neither pickle nor safetensors.
+        safe = {} if "gguf_file" in self.load_kwargs else {"use_safetensors": True}
+        self.model = AutoModelForCausalLM.from_pretrained(
+            self.name, dtype=self.dtype, **shared, **safe, **self.load_kwargs
+        )
+        if self.tokenizer is None:
+            files = {key: self.load_kwargs[key] for key in ("gguf_file", "subfolder") if key in self.load_kwargs}
+            self.tokenizer = AutoTokenizer.from_pretrained(self.name, **shared, **files)
+
+    @contextmanager
+    def weights(self) -> Iterator[PreTrainedModel]:
+        """The teacher's own model."""
+        if self.model is None:
+            raise RuntimeError("The teacher isn't loaded yet: call `prepare` first (the trainer does).")
+        with evaluating(self.model):
+            yield self.model
+
+    def describe(self) -> dict[str, Any]:
+        """Name, revision and dtype."""
+        config = getattr(self.model, "config", None)
+        return {
+            "kind": "local",
+            "model": self.name,
+            "revision": self.revision or getattr(config, "_commit_hash", None),
+            "dtype": str(self.dtype if self.model is None else self.model.dtype).removeprefix("torch."),
+            "reuse_prefix": self.reuse_prefix,
+        }

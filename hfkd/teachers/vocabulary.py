@@ -1,0 +1,37 @@
+"""Do two tokenizers mean the same tokens by the same ids? The same size is no proof, and padded sizes are no
+objection.
+"""
+
+from __future__ import annotations
+
+from transformers import PreTrainedTokenizerBase
+
+from hfkd.errors import VocabularyError
+
+
+def check_same_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """Compare the two id -> token maps.
+
+    Ids that only one of them has (added tokens, a longer tail) are let pass: the objective compares the ids that both
+    models score.
+
+    Args:
+        student: The tokenizer that the data were made with.
+        teacher: The teacher's own.
+
+    Raises:
+        VocabularyError: An id stands for different tokens; names the first.
+    """
+    if student is teacher:
+        return
+    ours = {index: token for token, index in student.get_vocab().items()}
+    theirs = {index: token for token, index in teacher.get_vocab().items()}
+    for index in sorted(ours.keys() & theirs.keys()):
+        if ours[index] != theirs[index]:
+            raise VocabularyError(
+                f"Student and teacher don't share a vocabulary: id {index} is {ours[index]!r} for the student and "
+                f"{theirs[index]!r} for the "
+                f"teacher ({len(ours)} and {len(theirs)} tokens). Token-level losses need the same ids. Use a teacher "
+                f"of the same family, or "
+                "distil its text: `answer: teacher` with `cross_entropy`."
+            )

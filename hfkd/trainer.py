@@ -1,0 +1,422 @@
+"""`DistillationTrainer`: a `transformers.Trainer` whose loss is an objective over a student and a teacher.
+
+Per micro-batch it runs, inside the wrapped model's forward, the teacher on its view, the student on its own, and the
+objective over both. The loss is a sum over tokens times the number of processes over the number of supervised tokens
+of the whole step, on all processes and in all micro-batches; this is the only place of the project that divides. It
+doesn't know how prompts are built or what the terms measure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import (
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+)
+from transformers.trainer_utils import EvalLoopOutput
+
+from hfkd.batch import Batch, predicted
+from hfkd.config import DistillationConfig
+from hfkd.data.collate import DistillationCollator
+from hfkd.data.prompts import PromptBuilder, PromptStyle
+from hfkd.data.views import DistillationDataset
+from hfkd.distributed import run_inside, total_over_processes
+from hfkd.errors import NonFiniteLoss, NothingToLearn
+from hfkd.metrics import Meter
+from hfkd.objective import LossSum, Objective, build_objective
+from hfkd.rows import DenseRows, Head, RowLayout, decode, supervised
+from hfkd.signal import TeacherSignal
+from hfkd.student import check_head, make_student, pad_token
+from hfkd.teachers import Teacher, as_teacher, check_same_tokens, evaluating
+
+OBJECTIVE_FILE = "objective.safetensors"
+
+
+class DistillationTrainer(Trainer):
+    """Train a student to say what a teacher says.
+
+    Args:
+        model: The student: a causal LM, a PEFT model, or a hub id or folder.
+        teacher: A `Teacher`, a model, a hub id, `"self"` (the base under the adapter, else a frozen copy), or None
+            where no term needs one.
+        objective: A recipe key such as `"forward_kl"`, a list of terms, or an `Objective`.
+        args: Settings; None takes the defaults.
+        train_dataset: Rows with `prompt` and `completion` or `messages` (see `hfkd.data`), a `DistillationDataset`,
+            or, with a `data_collator` of your own, anything that it turns into the inputs of `Batch.from_inputs`.
+        eval_dataset: The same for evaluation, or several by name.
+        processing_class: The tokenizer; loaded beside the model where that is a name.
+        peft_config: Makes the student a PEFT model.
+        data_collator: In place of `DistillationCollator`.
+        prompts: How rows become prompts; None asks nothing of the prompt: rows are taken as they stand (chat rows
+            through the template).
+        demonstrations: Rows that the teacher's prompt shows, and the student's draws from.
+        student_shots: Numbers of demonstrations in the student's prompt, one drawn anew at each visit.
+        callbacks: As in `Trainer`.
+        optimizers: As in `Trainer`.
+        trainer_kwargs: More arguments of `Trainer`.
+
+    Raises:
+        ValueError: Model, teacher, objective and data don't fit together; said before training starts.
+    """
+
+    # The loss is divided by the token count of the whole step, so accumulation must not divide it again.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | str,
+        teacher: Teacher | PreTrainedModel | str | None = None,
+        objective: Objective | str | Sequence[Mapping[str, Any]] = "forward_kl",
+        args: DistillationConfig | None = None,
+        *,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: Any = None,
+        data_collator: Callable[[list[Any]], dict[str, Tensor]] | None = None,
+        prompts: PromptStyle | None = None,
+        demonstrations: Sequence[Mapping[str, Any]] = (),
+        student_shots: Sequence[int] = (0,),
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        **trainer_kwargs: Any,
+    ) -> None:
+        args = args or DistillationConfig(output_dir="trainer_output")
+        self.objective = build_objective(objective, args.chunk_size)
+        has_adapter = peft_config is not None or hasattr(model, "peft_config")
+        self.teacher = as_teacher(teacher, has_adapter)
+        self._check_combination(has_adapter)
+        if processing_class is None and isinstance(model, str):
+            processing_class = AutoTokenizer.from_pretrained(model)
+        self._settings = (prompts, list(demonstrations), tuple(student_shots), data_collator is not None, args)
+        train_dataset = self._views(train_dataset, processing_class)
+        eval_dataset = (
+            {name: self._views(rows, processing_class) for name, rows in eval_dataset.items()}
+            if isinstance(eval_dataset, Mapping)
+            else self._views(eval_dataset, processing_class)
+        )
+        self._check_second_view(train_dataset)
+        model = make_student(model, peft_config, args)
+        Head.of(model)  # a head that can't be read is refused here, before anything is trained
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator or DistillationCollator(pad_token(processing_class)),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=[*(callbacks or []), _Steps(self)],
+            optimizers=optimizers,
+            **trainer_kwargs,
+        )
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"This process sees {self.args.n_gpu} GPUs, and transformers would run them as DataParallel, which "
+                f"can't work here. Start one "
+                "process per GPU with `accelerate launch`, or show one with CUDA_VISIBLE_DEVICES=0."
+            )
+        self.objective.to(self.args.device)
+        self._prepare_teacher(train_dataset)
+        self.meter = Meter(self.args.device)
+        self._eval_sums: list[LossSum] | None = None
+        self._heads_checked = False
+
+    # --- before training
+    # -------------------------------------------------------------------------------------------------
+
+    def _check_combination(self, has_adapter: bool) -> None:
+        needs = self.objective.needs
+        if needs and self.teacher is None:
+            raise ValueError(
+                f"The terms {[term.name for term in self.objective.terms]} ask for a teacher's {sorted(needs)}, but "
+                f"there is no teacher. "
+                "Pass `teacher=`, or take `objective='cross_entropy'`."
+            )
+        if self.teacher is not None and not needs <= self.teacher.provides:
+            raise ValueError(
+                f"The terms need {sorted(needs)}, but {type(self.teacher).__name__} provides "
+                f"{sorted(self.teacher.provides)}."
+            )
+        if getattr(self.teacher, "kind", None) == "adapter_off" and not has_adapter:
+            raise ValueError(
+                "SelfTeacher(weights='adapter_off') needs a student with an adapter, and there is none to switch off. "
+                "Pass a `peft_config`, or take weights='frozen_copy' or 'live'."
+            )
+
+    def _views(self, rows: Any, tokenizer: PreTrainedTokenizerBase | None) -> Any:
+        """Rows as two views; data sets that are ready, or meant for a collator of the user's own, as they are."""
+        prompts, demonstrations, student_shots, own_collator, args = self._settings
+        if rows is None or isinstance(rows, DistillationDataset) or own_collator:
+            return rows
+        if tokenizer is None:
+            raise ValueError(
+                "Rows of text need a tokenizer: pass `processing_class=AutoTokenizer.from_pretrained(...)`."
+            )
+        if isinstance(rows, Dataset) and not hasattr(rows, "column_names"):
+            raise ValueError(
+                f"train_dataset is a {type(rows).__name__}; expected rows with `prompt` and `completion` or "
+                f"`messages` (a list of dicts or "
+                "a datasets.Dataset), a hfkd DistillationDataset, or a `data_collator` of your own beside it."
+            )
+        style = prompts or PromptStyle(question="{prompt}", answer="{completion}", separator="\n", stop=())
+        return DistillationDataset(
+            rows,
+            PromptBuilder(tokenizer, style),
+            demonstrations=demonstrations,
+            student_shots=student_shots,
+            teacher_view=self.teacher is not None and bool(self.objective.needs),
+            max_length=args.max_length,
+            teacher_max_length=args.teacher_max_length,
+            too_long=args.too_long,
+            seed=args.data_seed if args.data_seed is not None else args.seed,
+        )
+
+    def _check_second_view(self, dataset: Any) -> None:
+        if not self.objective.needs or not isinstance(dataset, DistillationDataset) or dataset.second_view:
+            return
+        if self.teacher.needs_second_view and getattr(self.teacher, "kind", None) != "frozen_copy":
+            raise ValueError(
+                "The self-teacher reads the same prompt as the student with the same weights: there would be nothing "
+                "to learn. Give it "
+                "demonstrations (`demonstrations=`), or rows with a `privileged_context`."
+            )
+
+    def _prepare_teacher(self, dataset: Any) -> None:
+        if self.teacher is None:
+            return
+        self.teacher.prepare(self.accelerator, self.model)
+        if self.teacher.tokenizer is not None and self.processing_class is not None:
+            check_same_tokens(self.processing_class, self.teacher.tokenizer)
+        if isinstance(dataset, DistillationDataset):
+            self.teacher.share_prefix(dataset.shared_prefix)
+
+    # --- a step
+    # ----------------------------------------------------------------------------------------------------------
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterable, num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | None]:
+        """Take the micro-batches of a step and count its supervised tokens on all processes.
+
+        Raises:
+            NothingToLearn: There is no supervised token in the whole step.
+        """
+        batches = []
+        for _ in range(num_batches):
+            try:
+                batches.append(next(epoch_iterator))
+            except StopIteration:
+                break
+        if not batches:
+            return batches, None
+        tokens = total_over_processes(sum(int(predicted(batch["labels"]).sum()) for batch in batches), device)
+        if tokens == 0:
+            raise NothingToLearn(
+                f"No token is supervised in the {len(batches)} micro-batches of step {self.state.global_step + 1}: "
+                f"every label is -100. "
+                "Check that completions aren't empty and that your collator sets `labels`."
+            )
+        return batches, tokens
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Sum the objective over a micro-batch and divide by the tokens of the step.
+
+        Args:
+            model: The wrapped student.
+            inputs: What the collator returned.
+            return_outputs: Whether to return the `LossSum` too.
+            num_items_in_batch: Supervised tokens of the step on all processes; None takes this micro-batch's own.
+
+        Raises:
+            NonFiniteLoss: The value is not finite; names the step and the terms.
+        """
+        result = self.objective_sum(model, Batch.from_inputs(inputs))
+        self._check_finite(result)
+        if num_items_in_batch is None:
+            loss = result.total / max(result.tokens, 1)
+        else:
+            # Accelerate averages gradients over processes; the count is already summed over them.
+            loss = result.total * (self.accelerator.num_processes / float(num_items_in_batch))
+            self.meter.add(result)
+        return (loss, result) if return_outputs else loss
+
+    def objective_sum(self, model: nn.Module, batch: Batch) -> LossSum:
+        """Run teacher, student and objective on one micro-batch, inside the wrapped forward. Override it to change
+        what is compared.
+
+        Args:
+            model: The wrapped student.
+            batch: Both views.
+
+        Returns:
+            Sums over the supervised tokens of this micro-batch (nats).
+        """
+        module = self.accelerator.unwrap_model(model)
+        with self.accelerator.autocast():
+            return run_inside(model, module, self._inside, module, batch)
+
+    def _inside(self, module: nn.Module, batch: Batch) -> LossSum:
+        if not self._heads_checked:
+            self._heads_checked = True
+            self._check_heads(module, batch)
+        signal: TeacherSignal | None = None
+        if self.objective.needs:
+            with self.meter.teaching():
+                signal = self.teacher.signal(batch, self.objective.needs)
+        view = batch.student
+        hidden = decode(module, view.input_ids, view.attention_mask, view.position_ids).last_hidden_state
+        student = DenseRows(supervised(hidden, view.labels), Head.of(module))
+        measure = self.args.log_agreement and signal is not None and self._will_log()
+        return self.objective(
+            student, signal, view.targets, batch.token_weights, RowLayout.of(view.labels), measure_agreement=measure
+        )
+
+    def _will_log(self) -> bool:
+        every = max(1, int(getattr(self.state, "logging_steps", 0) or 1))
+        return not self.model.training or (self.state.global_step + 1) % every == 0
+
+    def _check_heads(self, module: nn.Module, batch: Batch) -> None:
+        """Hold the logits rebuilt from each head against the model's own, once, on a few tokens of the first batch."""
+        with torch.no_grad():
+            with evaluating(module):
+                check_head(module, batch)
+            if self.objective.needs and getattr(self.teacher, "model", None) is not None:
+                with self.teacher.weights() as model:
+                    check_head(model, batch)
+
+    def _check_finite(self, result: LossSum) -> None:
+        if bool(torch.isfinite(result.total)):
+            return
+        wrong = [name for name, part in result.parts.items() if not bool(torch.isfinite(part))]
+        raise NonFiniteLoss(
+            f"The loss of step {self.state.global_step + 1} is {result.total.item()}; terms that aren't finite: "
+            f"{wrong or 'none alone'}. "
+            "Lower the learning rate, or look at this step's data; the last checkpoint is untouched."
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the meter's figures to a training log line."""
+        if self.model.training and "loss" in logs:
+            logs = {**logs, **self.meter.flush()}
+        super().log(logs, start_time)
+
+    # --- evaluation
+    # ------------------------------------------------------------------------------------------------------
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, None, None]:
+        """Compute the loss of one evaluation batch; its sums are kept, so that the mean is taken over tokens and not
+        over batches.
+        """
+        with torch.no_grad():
+            loss, result = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
+        if self._eval_sums is not None:
+            self._eval_sums.append(result)
+        return loss.detach(), None, None
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """As in `Trainer`, with the loss per token over the whole set, and each term beside it."""
+        self._eval_sums = []
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        sums, self._eval_sums = self._eval_sums, None
+        tokens = float(total_over_processes(sum(one.tokens for one in sums), self.args.device))
+        if tokens:
+
+            def per_token(values: Iterable[Tensor]) -> float:
+                return float(total_over_processes(sum(float(value) for value in values), self.args.device)) / tokens
+
+            output.metrics[f"{metric_key_prefix}_loss"] = per_token(one.total for one in sums)
+            for term in self.objective.terms:
+                output.metrics[f"{metric_key_prefix}_loss/{term.name}"] = per_token(
+                    one.parts[term.name] for one in sums
+                )
+            if self.objective.needs and self.args.log_agreement:
+                output.metrics[f"{metric_key_prefix}_teacher/agreement"] = per_token(one.agreed for one in sums)
+        return output
+
+    # --- what learns and what is kept
+    # ------------------------------------------------------------------------------------
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The student's parameters, and those that the losses hold."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        learned = [parameter for parameter in self.objective.parameters() if parameter.requires_grad]
+        known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        fresh = [parameter for parameter in learned if id(parameter) not in known]
+        if fresh:
+            optimizer.add_param_group({"params": fresh, "weight_decay": 0.0})
+        return optimizer
+
+    def average_objective_gradients(self) -> None:
+        """Average the gradients of the losses' own parameters over processes; the wrapper does so for the student's
+        only.
+        """
+        if self.accelerator.num_processes > 1:
+            for parameter in self.objective.parameters():
+                if parameter.requires_grad:
+                    if parameter.grad is None:
+                        parameter.grad = torch.zeros_like(parameter)
+                    torch.distributed.all_reduce(parameter.grad, op=torch.distributed.ReduceOp.SUM)
+                    parameter.grad /= self.accelerator.num_processes
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        if state := self.objective.state_dict():
+            from safetensors.torch import save_file
+
+            save_file(
+                {name: value.contiguous().cpu() for name, value in state.items()},
+                _objective_file(output_dir or self.args.output_dir),
+            )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.objective.state_dict():
+            from safetensors.torch import load_file
+
+            self.objective.load_state_dict(load_file(_objective_file(resume_from_checkpoint)))
+
+
+class _Steps(TrainerCallback):
+    """Tells the data of each epoch and the teacher of each step."""
+
+    def __init__(self, trainer: DistillationTrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Let the student's demonstrations be drawn anew."""
+        dataset = self.trainer.train_dataset
+        if isinstance(dataset, DistillationDataset):
+            dataset.set_epoch(int(state.epoch or 0))
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Bring the losses' gradients together."""
+        self.trainer.average_objective_gradients()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The student changed."""
+        if self.trainer.teacher is not None:
+            self.trainer.teacher.after_step(state.global_step)
+
+
+def _objective_file(folder: str) -> str:
+    return f"{folder}/{OBJECTIVE_FILE}"
