@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import make_model
+from datasets import Dataset
 from rich.console import Console
 
 from hfkd.data.prompts import PromptBuilder, PromptStyle
@@ -91,6 +92,15 @@ def test_counts_right_answers_by_shots(tokenizer, says):
     assert (settings.max_new_tokens, settings.batch_size, settings.stop, settings.temperature) == (9, 3, ("\n",), 0.0)
     assert [words for _, words in seen] == ["Before, 0 shots", "Before, 2 shots"]
     assert builder.shown[:4] == [[]] * 4 and builder.shown[4:] == [["walk", "call"]] * 4
+
+
+def test_datasets_are_as_good_as_lists(tokenizer, says):
+    """Prevents column names from being shown as demonstrations: a slice of a `Dataset` is no list of rows."""
+    builder = Builder(tokenizer)
+    says(tokenizer, lambda text: "filled")
+    items, shown = Dataset.from_list(ITEMS), Dataset.from_list(DEMONSTRATIONS)
+    report = evaluate_k_shot(None, tokenizer, items, shown, builder, shots=(2,))
+    assert report.accuracies() == {"2": 0.25} and builder.shown == [["walk", "call"]] * 4
 
 
 def test_chat_prompts_have_no_text_stop(tokenizer, says):

@@ -153,7 +153,8 @@ def evaluate_k_shot(
         ValueError: There are no items, fewer demonstrations than shots, an unknown extractor, or an item is among the
             demonstrations.
     """
-    shots = sorted(set(shots))
+    # Lists, because a slice of a `Dataset` is a table of columns, not rows.
+    shots, items, demonstrations = sorted(set(shots)), list(items), list(demonstrations)
     _check(items, demonstrations, shots, extract)
     check_leakage(demonstrations if reshuffle else demonstrations[: shots[-1]], items)
     golds = [gold_answer(row) for row in items]
@@ -162,12 +163,9 @@ def evaluate_k_shot(
     rollout = HFRollout(tokenizer, settings)
     results = {}
     for count in shots:
-        prompts = [
-            builder.encode_prompt(row, chosen_demonstrations(demonstrations, count, index, seed, reshuffle))
-            for index, row in enumerate(items)
-        ]
-        words = f"{description}, {_shots(count)}" if description else None
-        completions = rollout.generate(model, prompts, words)
+        shown = [chosen_demonstrations(demonstrations, count, place, seed, reshuffle) for place in range(len(items))]
+        prompts = [builder.encode_prompt(row, before) for row, before in zip(items, shown, strict=True)]
+        completions = rollout.generate(model, prompts, f"{description}, {_shots(count)}" if description else None)
         predictions = [EXTRACTORS[extract](completion.text) for completion in completions]
         results[count] = score(count, predictions, golds, tolerance)
         results[count].cut = sum(not completion.finished for completion in completions)
