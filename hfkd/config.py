@@ -48,6 +48,9 @@ class DistillationConfig(TrainingArguments):
     def __post_init__(self) -> None:
         """Check what can't work."""
         super().__post_init__()
+        if self.ddp_find_unused_parameters is None:
+            # The objective reaches every parameter that learns; looking for others walks the graph at every step.
+            self.ddp_find_unused_parameters = False
         self._refuse(
             self.remove_unused_columns, "remove_unused_columns is on; the columns of the teacher's view would be lost"
         )

@@ -7,7 +7,7 @@ This module knows nothing of losses or teachers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -63,6 +63,23 @@ def total_over_processes(count: int | float, device: torch.device) -> Tensor:
     if PartialState().num_processes > 1:
         torch.distributed.all_reduce(total)
     return total
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Average the gradients of parameters that no wrapper looks after (those that losses hold) over all processes.
+
+    Args:
+        parameters: The same on every process; one without a gradient here counts as zero.
+    """
+    processes = PartialState().num_processes
+    if processes == 1:
+        return
+    for parameter in parameters:
+        if parameter.requires_grad:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            torch.distributed.all_reduce(parameter.grad)
+            parameter.grad /= processes
 
 
 def is_main_process() -> bool:

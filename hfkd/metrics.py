@@ -7,12 +7,13 @@ Sums are kept on the device and read once per log line; nothing here decides any
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from accelerate import PartialState
 
+from hfkd.distributed import total_over_processes
 from hfkd.objective import LossSum
 
 
@@ -95,3 +96,29 @@ class Meter:
             self._teacher_seconds += sum(start.elapsed_time(end) for start, end in self._events) / 1000
             self._events = []
         return self._teacher_seconds
+
+
+def per_token(sums: Sequence[LossSum], device: torch.device, agreement: bool) -> dict[str, float]:
+    """Turn the sums of an evaluation into means over all its tokens, on all processes.
+
+    Args:
+        sums: One per batch of this process.
+        device: Where collectives run.
+        agreement: Whether the rows that agree were counted.
+
+    Returns:
+        `loss`, `loss/<term>` (nats per token) and `teacher/agreement` (a fraction); empty where no token was seen.
+    """
+    tokens = float(total_over_processes(sum(one.tokens for one in sums), device))
+    if not tokens:
+        return {}
+
+    def mean(values: Iterator[torch.Tensor]) -> float:
+        return float(total_over_processes(sum(float(value) for value in values), device)) / tokens
+
+    means = {"loss": mean(one.total for one in sums)}
+    for name in sums[0].parts if sums else ():
+        means[f"loss/{name}"] = mean(one.parts[name] for one in sums)
+    if agreement:
+        means["teacher/agreement"] = mean(one.agreed for one in sums)
+    return means

@@ -90,7 +90,8 @@ class SharedPrefix:
         device = next(model.parameters()).device
         ids = torch.tensor([self.ids], dtype=torch.long, device=device)
         with torch.no_grad():
-            cache = decode(model, ids, torch.ones_like(ids), use_cache=True).past_key_values
+            output = decode(model, ids, torch.ones_like(ids), use_cache=True)
+        cache = getattr(output, "past_key_values", None)
         layers = getattr(cache, "layers", None)
         if not layers or not all(type(layer) in _EXPANDABLE for layer in layers):
             kinds = sorted({type(layer).__name__ for layer in layers or []}) or [type(cache).__name__]

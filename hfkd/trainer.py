@@ -28,9 +28,9 @@ from hfkd.config import DistillationConfig
 from hfkd.data.collate import DistillationCollator
 from hfkd.data.prompts import PromptBuilder, PromptStyle
 from hfkd.data.views import DistillationDataset
-from hfkd.distributed import run_inside, total_over_processes
+from hfkd.distributed import average_gradients, run_inside, total_over_processes
 from hfkd.errors import NonFiniteLoss, NothingToLearn
-from hfkd.metrics import Meter
+from hfkd.metrics import Meter, per_token
 from hfkd.objective import LossSum, Objective, build_objective
 from hfkd.rows import DenseRows, Head, RowLayout, decode, supervised
 from hfkd.signal import TeacherSignal
@@ -338,19 +338,9 @@ class DistillationTrainer(Trainer):
         self._eval_sums = []
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         sums, self._eval_sums = self._eval_sums, None
-        tokens = float(total_over_processes(sum(one.tokens for one in sums), self.args.device))
-        if tokens:
-
-            def per_token(values: Iterable[Tensor]) -> float:
-                return float(total_over_processes(sum(float(value) for value in values), self.args.device)) / tokens
-
-            output.metrics[f"{metric_key_prefix}_loss"] = per_token(one.total for one in sums)
-            for term in self.objective.terms:
-                output.metrics[f"{metric_key_prefix}_loss/{term.name}"] = per_token(
-                    one.parts[term.name] for one in sums
-                )
-            if self.objective.needs and self.args.log_agreement:
-                output.metrics[f"{metric_key_prefix}_teacher/agreement"] = per_token(one.agreed for one in sums)
+        agreement = bool(self.objective.needs) and self.args.log_agreement
+        for name, value in per_token(sums, self.args.device, agreement).items():
+            output.metrics[f"{metric_key_prefix}_{name}"] = value
         return output
 
     # --- what learns and what is kept
@@ -365,18 +355,6 @@ class DistillationTrainer(Trainer):
         if fresh:
             optimizer.add_param_group({"params": fresh, "weight_decay": 0.0})
         return optimizer
-
-    def average_objective_gradients(self) -> None:
-        """Average the gradients of the losses' own parameters over processes; the wrapper does so for the student's
-        only.
-        """
-        if self.accelerator.num_processes > 1:
-            for parameter in self.objective.parameters():
-                if parameter.requires_grad:
-                    if parameter.grad is None:
-                        parameter.grad = torch.zeros_like(parameter)
-                    torch.distributed.all_reduce(parameter.grad, op=torch.distributed.ReduceOp.SUM)
-                    parameter.grad /= self.accelerator.num_processes
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
@@ -410,7 +388,7 @@ class _Steps(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Bring the losses' gradients together."""
-        self.trainer.average_objective_gradients()
+        average_gradients(self.trainer.objective.parameters())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The student changed."""
