@@ -132,6 +132,18 @@ def test_a_template_that_is_not_prefix_safe_is_refused() -> None:
         PromptBuilder(unsafe, PromptStyle(style="chat")).encode_completion(GO)
 
 
+@pytest.mark.filterwarnings("ignore:The chat template marks no assistant turns")
+def test_a_template_that_writes_no_text_is_refused() -> None:
+    """Templates of some vision models skip plain texts: the question, or the answer, would be missing in silence."""
+    skips = make_tokenizer()
+    skips.chat_template = (
+        "{% for m in messages %}{% for part in m['content'] %}{{ part['text'] }}{% endfor %}{% endfor %}"
+    )
+    for row in (GO, TALK):
+        with pytest.raises(ValueError, match="doesn't write the content '.*' of a message of the role"):
+            encode(PromptBuilder(skips, PromptStyle(style="chat")), row)
+
+
 @pytest.mark.parametrize("style", ["text", "chat"])
 def test_the_answer_has_the_same_tokens_behind_every_prompt(tokenizer, style: str) -> None:
     """BPE merges across the end of the prompt would shift the teacher's rows against the student's (pitfall P20)."""

@@ -58,10 +58,12 @@ class ChatTemplate:
         """
         self.require()
         try:
-            return self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=to_answer)
+            text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=to_answer)
         except Exception as error:  # templates raise jinja2 errors of their own words
             roles = [message.get("role") for message in messages]
             raise ValueError(f"the chat template refuses a conversation with the roles {roles}: {error}") from error
+        _check_written(messages[-1], text)
+        return text
 
     def split(self, prompt: Sequence[Message], completion: Sequence[Message]) -> tuple[str, str]:
         """Render a prompt, and what the template adds to it for a completion.
@@ -121,6 +123,7 @@ class ChatTemplate:
             return_assistant_tokens_mask=True,
             **self.tokenizer.special_tokens_map,
         )
+        _check_written(messages[-1], texts[0])
         return texts[0], [(start, end) for start, end in spans[0] if end > start]
 
     @cached_property
@@ -128,6 +131,19 @@ class ChatTemplate:
         """The template with assistant turns marked: its own, or TRL's version of it; else None, with one warning."""
         template = self.require()
         return template if _MARK.search(template) else _from_trl(self.tokenizer)
+
+
+def _check_written(message: Message, text: str) -> None:
+    """Templates of some vision models write nothing of a content that is a plain text, and say nothing about it."""
+    content = message.get("content")
+    end = (
+        content.strip()[-20:] if isinstance(content, str) else ""
+    )  # the beginning may be reasoning, which is rewritten
+    if end not in text:
+        raise ValueError(
+            f"the chat template doesn't write the content {end!r} of a message of the role {message['role']!r}; it may "
+            "want contents as lists of parts such as {'type': 'text', 'text': '...'}, or belong to another tokenizer"
+        )
 
 
 def _from_trl(tokenizer: PreTrainedTokenizerBase) -> str | None:
