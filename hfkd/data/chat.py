@@ -141,8 +141,8 @@ def _check_written(message: Message, text: str) -> None:
     )  # the beginning may be reasoning, which is rewritten
     if end not in text:
         raise ValueError(
-            f"the chat template doesn't write the content {end!r} of a message of the role {message['role']!r}; it may "
-            "want contents as lists of parts such as {'type': 'text', 'text': '...'}, or belong to another tokenizer"
+            f"the chat template doesn't write the content {end!r} of a message of the role {message['role']!r}; it "
+            "may want contents as lists of parts such as {'type': 'text', 'text': '...'}, or belong to another tokenizer"
         )
 
 
