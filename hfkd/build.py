@@ -1,0 +1,204 @@
+"""From a recipe to the objects of a run: settings, rows, tokenizer, student, teacher and objective.
+
+What needs no model comes first, so that what can be refused is refused before anything is downloaded. It trains
+nothing and writes nothing: `hfkd.run` does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hfkd.build_data import Task, load_data
+from hfkd.build_models import (
+    import_named,
+    load_student,
+    load_tokenizer,
+    make_teacher,
+    own_teacher,
+    prepare_teacher,
+    readable,
+)
+from hfkd.config import DistillationConfig
+from hfkd.data.load import Source
+from hfkd.data.prompts import PromptBuilder, PromptStyle
+from hfkd.objective import Objective, build_objective
+from hfkd.recipe import Recipe
+from hfkd.recipe_checks import needs_faults, term_specs
+from hfkd.recipe_source import RecipeError
+from hfkd.record import check_output_folder, recipe_fingerprint
+from hfkd.rollout.base import GenerationSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from hfkd.teachers import Teacher
+
+
+@dataclass
+class Run:
+    """Everything that a run needs. After a dry build the fields from `tokenizer` on are empty.
+
+    Attributes:
+        fingerprint: What decides the weights, see `hfkd.record.recipe_fingerprint`.
+        sources: The row sources by their section: `train`, `demonstrations`, `evaluation`, `forgetting.<i>`.
+        train: Training rows, without the demonstrations and the evaluation items.
+        evaluation: The task of the recipe; None without an `evaluation` section.
+    """
+
+    recipe: Recipe
+    fingerprint: str
+    config: DistillationConfig
+    style: PromptStyle
+    generation: GenerationSettings
+    objective: Objective
+    sources: dict[str, Source]
+    tokenizer: PreTrainedTokenizerBase | None = None
+    builder: PromptBuilder | None = None
+    train: list[dict[str, Any]] = field(default_factory=list)
+    demonstrations: list[dict[str, Any]] = field(default_factory=list)
+    evaluation: Task | None = None
+    forgetting: list[Task] = field(default_factory=list)
+    model: PreTrainedModel | None = None
+    teacher: Teacher | None = None
+
+    @property
+    def output_dir(self) -> Path:
+        """Where the run writes."""
+        return Path(self.recipe.training["output_dir"])
+
+
+def build(recipe: Recipe, *, dry: bool = False) -> Run:
+    """Make the objects of a run.
+
+    Args:
+        recipe: From `load_recipe`.
+        dry: Stop before anything is loaded: no tokenizer, no rows, no model. What is left is what a test can check of
+            any recipe without a network.
+
+    Raises:
+        ValueError: Something in the recipe or in the data can't work; the message says what to change.
+        OSError: A file is missing.
+    """
+    run = _settings(recipe, dry)
+    if recipe.teacher.kind not in ("self", "local", "none"):
+        own_teacher(recipe.teacher.kind)
+    if dry:
+        return run
+    check_output_folder(run.output_dir, recipe.training.get("run_policy", "refuse"), run.fingerprint)
+    load_data(run)
+    run.tokenizer = load_tokenizer(recipe.student)
+    run.builder = PromptBuilder(run.tokenizer, run.style)
+    run.teacher = make_teacher(recipe)
+    run.model = load_student(recipe, seed=run.config.seed)
+    prepare_teacher(run)
+    return run
+
+
+def build_for_evaluation(recipe: Recipe, adapter: Path | None = None) -> Run:
+    """Make what an evaluation needs: the student as it is published, or with a trained adapter; no teacher.
+
+    Args:
+        recipe: From `load_recipe`, with an `evaluation` section.
+        adapter: The folder of an adapter.
+
+    Raises:
+        ValueError: No `evaluation` section, or no adapter in the folder.
+        OSError: A file is missing or damaged.
+    """
+    if recipe.evaluation is None:
+        raise ValueError("the recipe has no evaluation section; add one, or give evaluation.size=48 behind the recipe")
+    if adapter is not None and not (adapter / "adapter_config.json").is_file():
+        raise ValueError(
+            f"--adapter: {adapter} has no adapter_config.json; expected the folder of a LoRA run (a model whose "
+            f"weights were all "
+            "trained is evaluated with student.model=FOLDER)"
+        )
+    run = _settings(recipe, dry=False)
+    load_data(run)
+    run.tokenizer = load_tokenizer(recipe.student)
+    run.builder = PromptBuilder(run.tokenizer, run.style)
+    student = recipe.student.model_copy(update={"lora": None})
+    run.model = load_student(recipe.model_copy(update={"student": student}), seed=run.config.seed)
+    if adapter is not None:
+        from peft import PeftModel
+
+        run.model = readable(lambda: PeftModel.from_pretrained(run.model, str(adapter)), f"the adapter in {adapter}")
+    return run
+
+
+def _settings(recipe: Recipe, dry: bool) -> Run:
+    """What a recipe says without any file of rows or weights."""
+    return Run(
+        recipe=recipe,
+        fingerprint=recipe_fingerprint(recipe.resolved()),
+        config=make_config(recipe, **({"use_cpu": True} if dry else {})),  # a GPU's recipe can be checked without one
+        style=make_style(recipe),
+        generation=GenerationSettings(
+            **recipe.data.generation.model_dump(), stop=tuple(recipe.data.prompt.stop), seed=recipe.data.seed
+        ),
+        objective=_make_objective(recipe),
+        sources=make_sources(recipe),
+    )
+
+
+def make_style(recipe: Recipe) -> PromptStyle:
+    """The prompt style, with the user's own builder imported and checked to be callable."""
+    settings = recipe.data.prompt.model_dump()
+    builder = settings.pop("builder")
+    if builder is not None:
+        function = import_named(builder, "data.prompt.builder")
+        if not callable(function):
+            raise ValueError(f"data.prompt.builder: {builder} is {function!r}; expected a function")
+        settings["builder"] = function
+    return PromptStyle(**{**settings, "stop": tuple(settings["stop"])})
+
+
+def make_sources(recipe: Recipe) -> dict[str, Source]:
+    """The row sources that the recipe names, by section; nothing is opened."""
+    data = recipe.data
+    train = data.train.model_dump()
+    if data.demonstrations.column is not None:
+        train["columns"] = {**train["columns"], "demonstrations": data.demonstrations.column}
+    sources = {"train": Source(**train)}
+    if data.demonstrations.path is not None:
+        kept = data.demonstrations.model_dump(include={"path", "name", "split", "format", "columns", "seed"})
+        sources["demonstrations"] = Source(**kept)
+    if recipe.evaluation is None:
+        return sources
+    names = {"path", "name", "split", "format", "columns", "size", "seed", "revision", "options"}
+    if recipe.evaluation.path is not None:
+        sources["evaluation"] = Source(**recipe.evaluation.model_dump(include=names))
+    for index, other in enumerate(recipe.evaluation.forgetting):
+        wanted = {**other.model_dump(include=names), "size": other.size + other.demonstrations}
+        sources[f"forgetting.{index}"] = Source(**wanted)
+    return sources
+
+
+def make_config(recipe: Recipe, **changes: Any) -> DistillationConfig:
+    """The trainer's settings, from `training` and what other sections say of it; `changes` come last.
+
+    Raises:
+        RecipeError: `DistillationConfig` refuses a value or a combination.
+    """
+    settings = dict(recipe.training)
+    if recipe.loss.chunk_size is not None:
+        settings["chunk_size"] = recipe.loss.chunk_size
+    try:
+        return DistillationConfig(**{**settings, **changes})
+    except (ValueError, TypeError, ImportError) as error:
+        raise RecipeError("training", [f"training: {error}"]) from error
+
+
+def _make_objective(recipe: Recipe) -> Objective:
+    try:
+        objective = build_objective(term_specs(recipe), recipe.loss.chunk_size)
+    except ImportError as error:
+        raise ValueError(f"loss.terms: {error}; install the package or put its folder on PYTHONPATH") from error
+    except TypeError as error:
+        raise ValueError(f"loss.terms: {error}") from error
+    faults = list(needs_faults(recipe, objective.needs))
+    if faults:
+        raise RecipeError("loss", faults)
+    return objective

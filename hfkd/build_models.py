@@ -1,0 +1,183 @@
+"""Tokenizer, student and teacher of a recipe, read from folders or the hub.
+
+Knows how a damaged file shows itself and says so in one sentence; it doesn't know what the models are used for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pickle
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from hfkd.recipe import Recipe, StudentSection, TeacherSection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from hfkd.build import Run
+    from hfkd.teachers import Teacher
+
+# What of `load_kwargs` decides where a tokenizer is found, and so belongs to it as well.
+_TOKENIZER_KWARGS = ("gguf_file", "subfolder", "token", "cache_dir", "local_files_only")
+
+
+def import_named(name: str, key: str) -> Any:
+    """What `package.module:Name` names.
+
+    Raises:
+        ValueError: The module can't be imported or has no such name; `key` is the recipe key in the message.
+    """
+    module_name, _, attribute = name.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(
+            f"{key}: {module_name} can't be imported ({error}); install it or put its folder on PYTHONPATH"
+        ) from error
+    if not hasattr(module, attribute):
+        raise ValueError(f"{key}: {module_name} has no {attribute}; expected package.module:Name")
+    return getattr(module, attribute)
+
+
+def load_tokenizer(section: StudentSection | TeacherSection) -> PreTrainedTokenizerBase:
+    """The tokenizer of the student or of a local teacher; a missing padding token becomes the end token.
+
+    Raises:
+        OSError: It can't be found or read.
+    """
+    from transformers import AutoTokenizer
+
+    located = {key: value for key, value in section.load_kwargs.items() if key in _TOKENIZER_KWARGS}
+    located.update(revision=section.revision, trust_remote_code=section.trust_remote_code)
+    what = f"the tokenizer of {'teacher' if isinstance(section, TeacherSection) else 'student'}.model {section.model}"
+    tokenizer = readable(lambda: AutoTokenizer.from_pretrained(section.model, **located), what)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_student(recipe: Recipe, seed: int) -> PreTrainedModel:
+    """The student with its adapter, the same for the same seed.
+
+    Raises:
+        OSError: The model can't be found, or a file of it is truncated or damaged.
+    """
+    from transformers import AutoModelForCausalLM, set_seed
+
+    student = recipe.student
+    settings = {"revision": student.revision, "dtype": student.dtype, "trust_remote_code": student.trust_remote_code}
+    if student.attn_implementation is not None:
+        settings["attn_implementation"] = student.attn_implementation
+    if "gguf_file" not in student.load_kwargs:  # pickled weights can run code when they are read
+        settings["use_safetensors"] = True
+    settings.update(student.load_kwargs, output_loading_info=True)
+    what = f"student.model {student.model}"
+    model, info = readable(lambda: AutoModelForCausalLM.from_pretrained(student.model, **settings), what)
+    missing = sorted(info.get("missing_keys") or [])
+    if missing:
+        raise OSError(
+            f"{what} lacks {len(missing)} of its weights, {missing[0]} among them, which would be random numbers; its "
+            "files are incomplete, or they are of another architecture"
+        )
+    if student.lora is None:
+        return model
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    if getattr(model, "is_quantized", False):
+        model = prepare_model_for_kbit_training(model, bool(recipe.training.get("gradient_checkpointing")))
+    lora = student.lora
+    set_seed(seed)
+    return get_peft_model(
+        model,
+        LoraConfig(
+            r=lora.r,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=lora.target_modules,
+            modules_to_save=lora.modules_to_save,
+            task_type="CAUSAL_LM",
+        ),
+    )
+
+
+def readable(load: Callable[[], Any], what: str) -> Any:
+    """What `load` gives; its many ways to fail on a damaged file become one sentence with the remedy.
+
+    Raises:
+        OSError: A file is missing, truncated or damaged; `what` names it.
+    """
+    import torch
+    from safetensors import SafetensorError
+
+    try:
+        return load()
+    except torch.OutOfMemoryError:
+        raise
+    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise OSError(
+            f"{what} can't be read: {error}. A file is probably truncated or damaged; delete it and fetch it anew"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise OSError(f"{what} can't be loaded: {error}") from error
+
+
+def prepare_teacher(run: Run) -> None:
+    """Load another model as the teacher, after a look at whether its tokens are the student's.
+
+    Raises:
+        VocabularyError: An id stands for different tokens, and the losses compare distributions.
+        OSError: The teacher's model can't be found or read.
+    """
+    from accelerate import PartialState
+
+    from hfkd.teachers import LocalTeacher, check_same_tokens
+
+    teacher = run.teacher
+    if not isinstance(teacher, LocalTeacher):
+        return
+    what = f"teacher.model {teacher.name}"
+    section = run.recipe.teacher
+    teacher.tokenizer = load_tokenizer(section)
+    if run.objective.needs:
+        check_same_tokens(run.tokenizer, teacher.tokenizer)
+    readable(lambda: teacher.prepare(PartialState(), run.model), what)
+
+
+def make_teacher(recipe: Recipe) -> Teacher | None:
+    """The teacher that the recipe names; its weights are loaded when it is first needed.
+
+    Raises:
+        ValueError: A class of the user's own can't be imported or is no `Teacher`.
+    """
+    from hfkd.teachers import LocalTeacher, SelfTeacher
+
+    teacher = recipe.teacher
+    if teacher.kind == "none":
+        return None
+    if teacher.kind == "self":
+        return SelfTeacher(weights=teacher.weights, reuse_prefix=teacher.reuse_prefix)
+    if teacher.kind == "local":
+        return LocalTeacher(
+            teacher.model,
+            revision=teacher.revision,
+            dtype=teacher.dtype,
+            trust_remote_code=teacher.trust_remote_code,
+            reuse_prefix=teacher.reuse_prefix,
+            load_kwargs=teacher.load_kwargs,
+        )
+    return own_teacher(teacher.kind)(**teacher.options)
+
+
+def own_teacher(name: str) -> type[Teacher]:
+    """The class that `teacher.kind: package.module:Class` names.
+
+    Raises:
+        ValueError: It can't be imported or is no `Teacher`.
+    """
+    from hfkd.teachers import Teacher
+
+    found = import_named(name, "teacher.kind")
+    if not (isinstance(found, type) and issubclass(found, Teacher)):
+        raise ValueError(f"teacher.kind: {name} is {found!r}; expected a subclass of hfkd.teachers.Teacher")
+    return found

@@ -1,0 +1,32 @@
+"""How the commands show an error that a user can mend: one red message, exit code 2, no traceback unless asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+
+
+@contextmanager
+def user_errors(traceback: bool) -> Iterator[None]:
+    """Turn a user's error (`ValueError`, `OSError`, a loss that is no number) into a message and exit code 2.
+
+    Args:
+        traceback: Let the error through with its traceback.
+    """
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError) as error:
+        if traceback or not _is_users(error):
+            raise
+        typer.secho(f"Error: {error}", fg=typer.colors.RED, err=True)
+        raise typer.Exit(2) from None
+
+
+def _is_users(error: Exception) -> bool:
+    if isinstance(error, ValueError | OSError):
+        return True
+    from hfkd.errors import NonFiniteLoss
+
+    return isinstance(error, NonFiniteLoss)

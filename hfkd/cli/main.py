@@ -1,0 +1,45 @@
+"""The `hfkd` command: its subcommands, its version, and how a user's error is shown.
+
+Imports nothing heavy: torch and the models come in when a command runs, so `hfkd --help` answers at once.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from hfkd.cli.evaluate import evaluate
+from hfkd.cli.train import train
+
+app = typer.Typer(
+    name="hfkd",
+    help="Knowledge distillation of causal language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            typer.echo(f"hfkd {version('hfkd')}")
+        except PackageNotFoundError:
+            typer.echo("hfkd (not installed)")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Knowledge distillation of causal language models."""
+
+
+app.command()(train)
+app.command()(evaluate)

@@ -1,0 +1,310 @@
+"""What a recipe must not ask for: combinations of keys that can't work, each found before a model is loaded.
+
+Reads a validated `Recipe` and gives one line per fault. Classes of the user's own are not imported here (`hfkd.build`
+does that), so what depends on them is checked when the run is built; what depends on the rows is checked when they
+are seen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import typing
+from collections.abc import Collection, Iterator
+from typing import TYPE_CHECKING, Any
+
+from hfkd.recipe_source import near, shown
+
+if TYPE_CHECKING:
+    from hfkd.recipe import Recipe, SourceSection
+
+_OWN_CLASS = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+_TEACHERS = ("self", "local", "none")
+# Fields of DistillationConfig that have their place in another section.
+_ELSEWHERE = {
+    "chunk_size": "loss.chunk_size",
+    "max_length": "data.max_length",
+    "teacher_max_length": "data.teacher_max_length",
+    "too_long": "data.too_long",
+    "model_init_kwargs": "student.load_kwargs",
+    "push_to_hub": "hub.push",
+    "hub_model_id": "hub.repo_id",
+    "hub_private_repo": "hub.private",
+    "resume_from_checkpoint": "training.run_policy",
+}
+_POLICIES = ("refuse", "resume", "overwrite")
+_MODEL_FIELDS = ("model", "revision", "dtype", "trust_remote_code", "load_kwargs")
+
+
+def find_faults(recipe: Recipe) -> list[str]:
+    """Every impossible combination, one line each; also converts numbers that YAML reads as texts in `training`."""
+    checks = (_teacher, _second_view, _loss, _answers, _shots, _evaluation, _names, _training, _hub)
+    return [fault for check in checks for fault in check(recipe)]
+
+
+def is_own_class(kind: str) -> bool:
+    """Whether a name has the form `package.module:Class`."""
+    return bool(_OWN_CLASS.match(kind))
+
+
+def _teacher(recipe: Recipe) -> Iterator[str]:
+    teacher = recipe.teacher
+    if teacher.kind not in _TEACHERS and not is_own_class(teacher.kind):
+        yield (
+            f"teacher.kind: got {shown(teacher.kind)}; expected {', '.join(_TEACHERS)} or package.module:Class"
+            f"{near(teacher.kind, _TEACHERS)}"
+        )
+        return
+    useless = {
+        "self": (*_MODEL_FIELDS, "options"),
+        "local": ("weights", "options"),
+        "none": (*_MODEL_FIELDS, "weights", "options"),
+    }.get(teacher.kind, (*_MODEL_FIELDS, "weights"))
+    for field in useless:
+        value = getattr(teacher, field)
+        if value != type(teacher).model_fields[field].get_default(call_default_factory=True):
+            got = f"teacher.{field}: got {shown(value)}"
+            yield f"{got}, which a teacher of kind {teacher.kind} doesn't use; {_remedy(field)}"
+    if teacher.kind == "local" and teacher.model is None:
+        yield "teacher.model: is required for a teacher of kind local; give a folder or a hub id, or use kind: self"
+    if teacher.kind == "self" and teacher.weights == "adapter_off" and recipe.student.lora is None:
+        yield (
+            "teacher.weights: adapter_off needs an adapter that can be switched off, and student.lora is not given; "
+            "add student.lora, or use weights: frozen_copy or live"
+        )
+
+
+def _remedy(field: str) -> str:
+    if field == "weights":
+        return "leave it out, or use kind: self"
+    if field == "options":
+        return "leave it out, or use a class of your own (package.module:Class)"
+    return "leave it out, or use kind: local"
+
+
+def _second_view(recipe: Recipe) -> Iterator[str]:
+    """A teacher with the student's weights and the student's prompt has nothing to say; own prompt code is trusted."""
+    data = recipe.data
+    if recipe.teacher.kind != "self" or data.prompt.builder is not None or _may_hold_context(data.train):
+        return
+    if data.demonstrations.count == 0:
+        yield (
+            "teacher.kind: self needs a second prompt, and there is none: data.demonstrations.count is 0 and "
+            "the rows of "
+            f"{data.train.path} have no privileged_context; set data.demonstrations.count, or map a column to "
+            "privileged_context in data.train.columns"
+        )
+    elif min(data.student_shots) == data.demonstrations.count:
+        yield (
+            f"data.student_shots: got {data.student_shots}, as many as the self-teacher reads "
+            f"(data.demonstrations.count is "
+            f"{data.demonstrations.count}), so both would read the same; give the student fewer"
+        )
+
+
+def _may_hold_context(train: SourceSection) -> bool:
+    if "privileged_context" in train.columns:
+        return True
+    return train.format is None and not train.path.startswith("reasoning_gym:")
+
+
+def _loss(recipe: Recipe) -> Iterator[str]:
+    from hfkd.losses import LOSSES
+
+    faults, builtin = [], []
+    for index, term in enumerate(recipe.loss.terms):
+        key = f"loss.terms.{index}"
+        if term.kind in LOSSES:
+            faults += _loss_arguments(f"{key}.", LOSSES[term.kind], term.model_extra or {})
+            builtin.append(term)
+        elif not is_own_class(term.kind):
+            faults.append(
+                f"{key}.kind: there is no loss {shown(term.kind)}{near(term.kind, LOSSES)} (known: "
+                f"{', '.join(LOSSES)}; "
+                "your own is named as package.module:Class)"
+            )
+    yield from faults
+    if not faults and len(builtin) == len(recipe.loss.terms):
+        yield from _objective(recipe)
+
+
+def _loss_arguments(prefix: str, loss: type, given: dict[str, Any]) -> list[str]:
+    parameters = inspect.signature(loss).parameters
+    hints = typing.get_type_hints(loss.__init__)
+    known = ["kind", "weight", "name", *parameters]
+    faults = []
+    for name, value in given.items():
+        if name not in parameters:
+            faults.append(f"{prefix}{name}: unknown key{near(name, known)} (known here: {', '.join(known)})")
+            continue
+        try:
+            given[name] = _plain_value(hints.get(name), value)
+        except ValueError as error:
+            faults.append(f"{prefix}{name}: got {shown(value)} ({type(value).__name__}); expected {error}")
+    return faults
+
+
+def _objective(recipe: Recipe) -> Iterator[str]:
+    from hfkd.objective import build_objective
+
+    try:
+        objective = build_objective(term_specs(recipe), recipe.loss.chunk_size)
+    except (ValueError, TypeError) as error:
+        yield f"loss.terms: {error}"
+        return
+    yield from needs_faults(recipe, objective.needs)
+
+
+def term_specs(recipe: Recipe) -> list[dict[str, Any]]:
+    """The terms in the form that `build_objective` takes."""
+    return [{**term.model_dump(exclude_none=True)} for term in recipe.loss.terms]
+
+
+def needs_faults(recipe: Recipe, needs: Collection[str]) -> Iterator[str]:
+    """What an objective asks of a teacher and this recipe doesn't give; called again when own losses are built."""
+    if not needs:
+        return
+    kinds = ", ".join(term.kind for term in recipe.loss.terms)
+    if recipe.teacher.kind == "none":
+        yield (
+            f"loss.terms: {kinds} compares with a teacher's distribution, and teacher.kind is none; "
+            "use cross_entropy alone, or name a teacher"
+        )
+    if recipe.data.whole_text:
+        yield (
+            f"data.whole_text: true trains on each view's whole text, so student and teacher have different "
+            f"tokens and {kinds} "
+            "can't compare them; use cross_entropy alone, or whole_text: false"
+        )
+
+
+def _answers(recipe: Recipe) -> Iterator[str]:
+    if recipe.data.answer == "teacher" and recipe.teacher.kind == "none":
+        yield "data.answer: teacher lets the teacher write the answers, and teacher.kind is none; use answer: dataset"
+
+
+def _shots(recipe: Recipe) -> Iterator[str]:
+    data, count = recipe.data, recipe.data.demonstrations.count
+    if max(data.student_shots) > count:
+        yield (
+            f"data.student_shots: got {data.student_shots}, and there are {count} demonstrations to draw from; "
+            "lower it or raise data.demonstrations.count"
+        )
+    if data.teacher_max_length is not None and recipe.teacher.kind == "none":
+        yield "data.teacher_max_length: is given, and teacher.kind is none; leave it out"
+
+
+def _evaluation(recipe: Recipe) -> Iterator[str]:
+    evaluation, count = recipe.evaluation, recipe.data.demonstrations.count
+    if evaluation is None:
+        return
+    if recipe.data.demonstrations.column is None and max(evaluation.shots) > count:
+        yield (
+            f"evaluation.shots: got {evaluation.shots}, and data.demonstrations.count is {count}; "
+            "lower the shots or raise the count"
+        )
+
+
+def _names(recipe: Recipe) -> Iterator[str]:
+    """Names of formats, extractors and own functions, so that a typing slip doesn't wait for the data."""
+    from hfkd.data.formats import FORMATS
+    from hfkd.eval.answers import EXTRACTORS
+
+    sources: list[tuple[str, Any]] = [
+        ("data.train", recipe.data.train),
+        ("data.demonstrations", recipe.data.demonstrations),
+    ]
+    extracts: list[tuple[str, str | None]] = []
+    if recipe.evaluation is not None:
+        others = [(f"evaluation.forgetting.{i}", other) for i, other in enumerate(recipe.evaluation.forgetting)]
+        sources += [("evaluation", recipe.evaluation), *others]
+        extracts = [("evaluation", recipe.evaluation.extract), *((key, other.extract) for key, other in others)]
+    for key, source in sources:
+        if source.format is not None and source.format not in FORMATS:
+            yield f"{key}.format: there is no format {_unknown(source.format, FORMATS)}"
+    for key, name in extracts:
+        if name is not None and name not in EXTRACTORS:
+            yield f"{key}.extract: there is no extractor {_unknown(name, EXTRACTORS)}"
+    yield from _prompt(recipe)
+
+
+def _prompt(recipe: Recipe) -> Iterator[str]:
+    from hfkd.data.prompts import PromptStyle
+
+    prompt = recipe.data.prompt
+    try:
+        PromptStyle(**prompt.model_dump(exclude={"builder", "stop"}))
+    except ValueError as error:
+        yield f"data.{error}"
+    builder = prompt.builder
+    if builder is not None and not is_own_class(builder):
+        yield f"data.prompt.builder: got {shown(builder)}; expected package.module:function"
+
+
+def _unknown(name: str, known: Collection[str]) -> str:
+    return f"{shown(name)}{near(name, known)} (known: {', '.join(known)})"
+
+
+def _training(recipe: Recipe) -> Iterator[str]:
+    from hfkd.config import DistillationConfig
+
+    known = {field.name: field for field in dataclasses.fields(DistillationConfig) if field.init}
+    hints = typing.get_type_hints(DistillationConfig)
+    for name, value in list(recipe.training.items()):
+        if name in _ELSEWHERE:
+            yield f"training.{name}: is set by {_ELSEWHERE[name]} in a recipe; give it there"
+        elif name not in known:
+            yield f"training.{name}: unknown key{near(name, known)}; training takes the fields of DistillationConfig"
+            continue
+        try:
+            recipe.training[name] = _plain_value(hints.get(name), value)
+        except ValueError as error:
+            yield f"training.{name}: got {shown(value)} ({type(value).__name__}); expected {error}"
+    if not isinstance(recipe.training.get("output_dir"), str) or not recipe.training["output_dir"]:
+        yield f"training.output_dir: got {shown(recipe.training.get('output_dir'))}; expected the path of a folder"
+    if recipe.training.get("run_policy", "refuse") not in _POLICIES:
+        policy = str(recipe.training["run_policy"])
+        yield f"training.run_policy: got {policy!r}; expected {' or '.join(_POLICIES)}{near(policy, _POLICIES)}"
+
+
+def _plain_value(hint: Any, value: Any) -> Any:
+    """A value as its field's type wants it: YAML reads `2e-4` as a text, which is a number here.
+
+    Raises:
+        ValueError: The value can't be of the type; the message says what was expected.
+    """
+    kinds = set(typing.get_args(hint)) or {hint}
+    if value is None or not kinds <= {int, float, bool, str, type(None)}:
+        return value  # lists, mappings, enumerations: DistillationConfig checks them itself
+    if isinstance(value, bool):
+        return _or_refuse(value, bool in kinds, "a number" if kinds & {int, float} else "a text")
+    if isinstance(value, int | float):
+        whole = isinstance(value, int) or float in kinds
+        return _or_refuse(
+            value, bool(kinds & {int, float}) and whole, "a whole number" if int in kinds else _wanted(kinds)
+        )
+    if isinstance(value, str) and str not in kinds and float in kinds:
+        try:
+            return float(value)
+        except ValueError:
+            raise ValueError("a number") from None
+    return _or_refuse(value, isinstance(value, str) and str in kinds, _wanted(kinds))
+
+
+def _or_refuse(value: Any, fits: bool, expected: str) -> Any:
+    if not fits:
+        raise ValueError(expected)
+    return value
+
+
+def _wanted(kinds: set[Any]) -> str:
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+    return " or ".join(text for kind, text in names.items() if kind in kinds)
+
+
+def _hub(recipe: Recipe) -> Iterator[str]:
+    if recipe.hub.push and recipe.hub.repo_id is None:
+        yield "hub.repo_id: is required when hub.push is true; expected owner/name"
+    if recipe.hub.repo_id is not None and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", recipe.hub.repo_id):
+        yield f"hub.repo_id: got {shown(recipe.hub.repo_id)}; expected owner/name"

@@ -1,0 +1,242 @@
+"""What a run was: its recipe, versions, hardware kind, data and teacher fingerprints, and results, in one `run.json`.
+
+Also decides whether an output folder may be used. It reads no environment variable and keeps no host or user name;
+texts that look like secrets are masked and home folders are shortened before anything is written. It knows no
+trainer: callers hand in plain data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+MASK = "***"
+RECORD_NAME = "run.json"
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "trl", "hfkd")
+# What one run leaves in its folder besides checkpoints and the weights, which the next save replaces.
+_RUN_FILES = (RECORD_NAME, "report.json", "plot.png", "recipe.yaml", "README.md", "teacher_answers.jsonl")
+# Settings that may differ between a run and its continuation: how far to go, and what is written down on the way.
+_FREE_TRAINING_KEYS = re.compile(
+    r"^(max_steps|num_train_epochs|output_dir|run_policy|resume_from_checkpoint|report_to|run_name|"
+    r"project|disable_tqdm|"
+    r"log_.*|logging_.*|save_.*|trackio_.*|push_to_hub|hub_.*|overwrite_output_dir)$"
+)
+_SECRET_KEY = re.compile(
+    r"(^|_)(token|secret|passw(or)?d|api_?key|access_?key|private_?key|credentials?)$", re.IGNORECASE
+)
+_MARKER_KEY = re.compile(r"^(pad|eos|bos|unk|sep|cls|mask|decoder_start|image|stop|additional_special)_token$")
+_SECRET_TEXT = (
+    re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{8,}"),
+    re.compile(r"\b(?:sk|rk)-[A-Za-z0-9_-]{16,}"),
+    re.compile(
+        r"\b(?:gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|glpat-[\w-]{12,}|AKIA[0-9A-Z]{12,}|xox[abp]-[\w-]{10,})"
+    ),
+    re.compile(r"(?i)(?<=bearer )[\w.~+/=-]{8,}"),
+    re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"),
+)
+_ASSIGNMENT = re.compile(
+    r"(?i)\b((?:[\w.-]*[_.-])?(?:token|secret|passw(?:or)?d|(?:api|access|private)[_-]?key))(\s*=\s*)[^\s,;'\"}\]]+"
+)
+_OTHER_HOMES = re.compile(r"(?<![\w.])/(?:home|Users)/[^/\s'\"]+|(?<![\w./])/root(?=/|$)")
+
+
+class OutputFolderError(ValueError):
+    """The output folder holds another run, or a run that this recipe doesn't continue."""
+
+
+def mask(value: Any) -> Any:
+    """A copy of plain data with secrets masked, home folders as `~` and the working folder left out of paths."""
+    if isinstance(value, Mapping):
+        return {mask_text(str(key)): MASK if _is_secret(key, item) else mask(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [mask(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return mask_text(os.fspath(value))
+    return mask_text(value) if isinstance(value, str) else value
+
+
+def _is_secret(key: Any, item: Any) -> bool:
+    name = str(key)
+    return isinstance(item, str) and bool(item) and bool(_SECRET_KEY.search(name)) and not _MARKER_KEY.match(name)
+
+
+def mask_text(text: str) -> str:
+    """A text without what looks like a token or an assigned secret, and without the paths that name a person."""
+    for pattern in _SECRET_TEXT:
+        text = pattern.sub(MASK, text)
+    text = _ASSIGNMENT.sub(lambda found: found[1] + found[2] + MASK, text)
+    here, home = str(Path.cwd()), str(Path.home())
+    if len(here) > 1:
+        text = re.sub(
+            re.escape(here) + r"(?:/|(?=$|[\s'\",]))", lambda found: "" if found[0].endswith("/") else ".", text
+        )
+    if len(home) > 1:
+        text = re.sub(re.escape(home) + r"(?=$|[/\s'\",])", "~", text)
+    return _OTHER_HOMES.sub("~", text)
+
+
+@dataclasses.dataclass
+class RunRecord:
+    """Everything that `run.json` says. Durations are in seconds; `status` is started, finished or failed."""
+
+    recipe: dict[str, Any]
+    fingerprint: str
+    status: str = "started"
+    command: list[str] = dataclasses.field(default_factory=list)
+    versions: dict[str, str] = dataclasses.field(default_factory=lambda: package_versions())
+    hardware: dict[str, Any] = dataclasses.field(default_factory=lambda: describe_hardware())
+    student: dict[str, Any] = dataclasses.field(default_factory=dict)
+    data: dict[str, Any] = dataclasses.field(default_factory=dict)
+    teacher: dict[str, Any] = dataclasses.field(default_factory=dict)
+    objective: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
+    durations: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as it is written: masked, and plain enough for JSON."""
+        return mask(json.loads(json.dumps(dataclasses.asdict(self), default=str)))
+
+    def write(self, folder: str | Path) -> Path:
+        """Write `run.json` into the folder, whole or not at all, and return its path."""
+        return write_json(Path(folder) / RECORD_NAME, self.to_dict())
+
+
+def write_json(path: Path, content: Any) -> Path:
+    """Write JSON beside the target and move it there, so that a reader never meets half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        draft.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+    return path
+
+
+def package_versions() -> dict[str, str]:
+    """The versions of Python and of the packages that decide the numbers, as far as they are installed."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if "hfkd" not in versions:
+        import hfkd
+
+        versions["hfkd"] = getattr(hfkd, "__version__", "unknown")
+    return versions
+
+
+def describe_hardware() -> dict[str, Any]:
+    """Kind and number of the devices and processes; no host name and no user name."""
+    import torch
+
+    kind = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    count = torch.accelerator.device_count() if kind != "cpu" else 1
+    processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    hardware: dict[str, Any] = {
+        "device": kind,
+        "count": count,
+        "processes": processes,
+        "cpu_threads": torch.get_num_threads(),
+    }
+    if kind == "cuda":
+        hardware["name"] = torch.cuda.get_device_name(0)
+    return hardware
+
+
+def rows_fingerprint(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """`{"rows": n, "sha256": ...}` of rows in their order, so that a result names the data that it was made with."""
+    digest, count = hashlib.sha256(), 0
+    for row in rows:
+        digest.update(json.dumps(dict(row), sort_keys=True, ensure_ascii=False, default=str).encode())
+        count += 1
+    return {"rows": count, "sha256": digest.hexdigest()}
+
+
+def recipe_fingerprint(resolved: Mapping[str, Any]) -> str:
+    """A hash of what decides the weights: the recipe without how long it trains and what it writes where."""
+    kept = {section: value for section, value in resolved.items() if section != "hub"}
+    training = resolved.get("training") or {}
+    kept["training"] = {key: value for key, value in training.items() if not _FREE_TRAINING_KEYS.match(key)}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def checkpoints(folder: str | Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    found = [path for path in Path(folder).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def check_output_folder(folder: str | Path, policy: str, fingerprint: str) -> None:
+    """Refuse a folder that holds another run, unless the policy is to resume it or to overwrite it. Changes nothing.
+
+    Args:
+        folder: The output folder; it need not exist.
+        policy: `refuse`, `resume` or `overwrite`.
+        fingerprint: `recipe_fingerprint` of the recipe that wants to run.
+
+    Raises:
+        OutputFolderError: The folder holds a run and the policy is `refuse`, or it is `resume` and the recipe differs.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise OutputFolderError(f"training.output_dir is {folder}, which is a file; expected a folder")
+    record = folder / RECORD_NAME
+    if policy == "overwrite" or not (record.exists() or checkpoints(folder)):
+        return
+    if policy == "refuse":
+        raise OutputFolderError(
+            f"the output folder {folder} holds another run; choose another training.output_dir, continue that run "
+            "with --resume (training.run_policy=resume), or delete it and start anew with --overwrite "
+            "(training.run_policy=overwrite)"
+        )
+    if not record.exists():
+        raise OutputFolderError(
+            f"{folder} has checkpoints but no {RECORD_NAME}, so it can't be known whether this recipe made them; "
+            "start anew with --overwrite or choose another training.output_dir"
+        )
+    try:
+        before = json.loads(record.read_text(encoding="utf-8"))["fingerprint"]
+    except (ValueError, KeyError, TypeError):
+        raise OutputFolderError(
+            f"{record} is damaged, so the run can't be resumed; start anew with --overwrite"
+        ) from None
+    if before != fingerprint:
+        raise OutputFolderError(
+            f"the run in {folder} was made by another recipe (fingerprint {str(before)[:12]}, this one has "
+            f"{fingerprint[:12]}); "
+            "only training.max_steps, training.num_train_epochs, logging and output settings may differ when a "
+            "run is resumed"
+        )
+
+
+def clear_output_folder(folder: str | Path) -> None:
+    """Remove what a run left in its folder: checkpoints, records and the teacher's answers; other files stay."""
+    for path in checkpoints(folder):
+        shutil.rmtree(path)
+    for name in _RUN_FILES:
+        (Path(folder) / name).unlink(missing_ok=True)
+
+
+def safe_command(arguments: Sequence[str]) -> list[str]:
+    """A command line that may be kept: the program by its name only, secrets masked, also after `--token`."""
+    if not arguments:
+        return []
+    kept, hide = [Path(arguments[0]).name], False
+    for argument in arguments[1:]:
+        kept.append(MASK if hide else mask_text(argument))
+        hide = (
+            argument.startswith("--") and "=" not in argument and bool(_SECRET_KEY.search(argument.replace("-", "_")))
+        )
+    return kept

@@ -1,0 +1,356 @@
+"""Runs a recipe: k-shot before, the teacher's answers, training, k-shot after, the comparisons, and what is written.
+
+Every process takes part in each model pass, so that sharded models work; the first one alone prints and writes. What
+the objects are and how they are made is `hfkd.build`; how the results read is `hfkd.eval.report` and `hfkd.card`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from accelerate import PartialState
+from rich.console import Console
+
+from hfkd.build import Run, build, make_config
+from hfkd.build_data import Task
+from hfkd.build_models import load_student
+from hfkd.card import build_card
+from hfkd.data.collate import DistillationCollator
+from hfkd.data.select import visited
+from hfkd.data.views import DistillationDataset, teacher_prompts
+from hfkd.errors import NothingToLearn
+from hfkd.eval.k_shot import KShotReport
+from hfkd.eval.report import plot_run, write_report
+from hfkd.objective import Objective, build_objective
+from hfkd.recipe import Recipe
+from hfkd.record import RunRecord, checkpoints, clear_output_folder, mask, rows_fingerprint, safe_command
+from hfkd.rollout.answers import teacher_answers
+from hfkd.rollout.hf import HFRollout
+from hfkd.run_evaluation import ask, movable, plain_results
+from hfkd.run_words import plan_lines, summary_lines
+from hfkd.trainer import DistillationTrainer
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from hfkd.teachers import Teacher
+
+logger = logging.getLogger(__name__)
+
+ANSWERS_NAME = "teacher_answers.jsonl"
+
+
+@dataclasses.dataclass
+class RunResult:
+    """What a run left behind.
+
+    Attributes:
+        output_dir: The folder with the weights, `run.json`, `report.json`, `plot.png` and `README.md`.
+        report: What `report.json` holds.
+        record: What `run.json` holds.
+    """
+
+    output_dir: Path
+    report: dict[str, Any]
+    record: RunRecord
+
+
+def run_recipe(recipe: Recipe, *, console: Console | None = None, command: Sequence[str] = ()) -> RunResult:
+    """Run a recipe from the first check to the last file.
+
+    Args:
+        recipe: From `load_recipe`.
+        console: Where the first process prints; None prints to the terminal.
+        command: The command line, for the record; secrets in it are masked.
+
+    Returns:
+        The report and the record, as written.
+
+    Raises:
+        ValueError: Something in the recipe or the data can't work, or the output folder holds another run.
+        OSError: A file is missing or damaged.
+    """
+    return _Conductor(build(recipe), console, command).conduct()
+
+
+class _Conductor:
+    """One run under way: the objects, the clock and the report that grows."""
+
+    def __init__(self, run: Run, console: Console | None, command: Sequence[str]) -> None:
+        self.run, self.recipe = run, run.recipe
+        self.first = run.config.process_index == 0
+        self.console = (console or Console()) if self.first else Console(quiet=True)
+        self.record = RunRecord(
+            recipe=run.recipe.resolved(), fingerprint=run.fingerprint, command=safe_command(command)
+        )
+        self.k_shot: dict[str, KShotReport] = {}
+        self.forgetting: list[dict[str, KShotReport]] = [{} for _ in run.forgetting]
+        self.history: list[dict[str, float]] = []
+        self.trains = False
+
+    def conduct(self) -> RunResult:
+        """All stages in order; once training began, a failure is noted in `run.json` before it goes on its way."""
+        run, policy = self.run, self.recipe.training.get("run_policy", "refuse")
+        PartialState().wait_for_everyone()  # all have looked at the folder before the first one writes into it
+        if policy == "overwrite" and self.first:
+            clear_output_folder(run.output_dir)
+        self.console.print("\n".join(plan_lines(run)), markup=False, highlight=False)
+        self._describe()
+        try:
+            self._stages()
+        except BaseException:
+            self.record.status = "failed"
+            if self.trains:  # before that nothing is there to protect, and the mended recipe may use the folder
+                self._write_record()
+            raise
+        self.record.status = "finished"
+        return self._finish()
+
+    def _stages(self) -> None:
+        run = self.run
+        if movable(run.model):
+            run.model.to(run.config.device)
+        with self._clock("evaluation_before"):
+            self._evaluate("before", run.model)
+        self._evaluate_teacher()
+        rows = self._visited_rows()
+        gold_rows = rows
+        if self.recipe.data.answer == "teacher":
+            with self._clock("teacher_answers"):
+                rows = self._with_teacher_answers(rows)
+        trainer = make_trainer(run, rows, run.model, run.teacher, run.objective, run.config)
+        self._count(trainer.train_dataset)
+        self.trains = True
+        self._write_record()
+        with self._clock("training"):
+            outcome = trainer.train(resume_from_checkpoint=_last_checkpoint(run))
+        self.record.metrics = {key: value for key, value in outcome.metrics.items() if isinstance(value, int | float)}
+        self.record.teacher = run.teacher.describe() if run.teacher is not None else {"kind": "none"}
+        self.history = [entry for entry in trainer.state.log_history if "loss" in entry and "step" in entry]
+        with self._clock("evaluation_after"):
+            self._evaluate("after", trainer.accelerator.unwrap_model(trainer.model))
+        trainer.save_model(str(run.output_dir))
+        if self.first:
+            run.tokenizer.save_pretrained(run.output_dir)
+        if self.recipe.evaluation is not None and self.recipe.evaluation.gold_baseline:
+            run.model, run.teacher = None, None
+            del trainer
+            gc.collect()
+            with self._clock("gold_baseline"):
+                self._gold_baseline(gold_rows)
+
+    def _describe(self) -> None:
+        run = self.run
+        parts = {"train": run.train, "demonstrations": run.demonstrations}
+        if run.evaluation is not None:
+            parts["evaluation"] = run.evaluation.items
+        self.record.data = {name: rows_fingerprint(rows) for name, rows in parts.items()}
+        self.record.student = {"source": "folder" if Path(self.recipe.student.model).exists() else "hub"}
+        self.record.objective = run.objective.describe()
+        self.record.teacher = run.teacher.describe() if run.teacher is not None else {"kind": "none"}
+
+    def _count(self, dataset: DistillationDataset) -> None:
+        """Say what was left out: an example that is dropped in silence is one that nobody misses."""
+        counts = {
+            "examples": len(dataset),
+            "too_long": dataset.dropped,
+            "demonstrations": dataset.dropped_demonstrations,
+        }
+        self.record.data["training_examples"] = counts
+        if dataset.dropped or dataset.dropped_demonstrations:
+            self.console.print(
+                f"Left out of training: {dataset.dropped} examples above their limit of tokens, "
+                f"{dataset.dropped_demonstrations} that are demonstrations; {len(dataset)} are left."
+            )
+
+    def _visited_rows(self) -> list[dict[str, Any]]:
+        config, rows = self.run.config, self.run.train
+        if config.max_steps > 0:
+            examples = (
+                config.max_steps * config.train_batch_size * config.gradient_accumulation_steps * config.world_size
+            )
+        else:
+            examples = math.ceil(config.num_train_epochs * len(rows))
+        return list(visited(rows, examples, config.seed))
+
+    def _with_teacher_answers(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The rows with what the prompted teacher wrote; rows that it left empty are taken out and counted."""
+        run = self.run
+        prompts = teacher_prompts(rows, run.builder, fixed_demonstrations(run))
+        rollout = HFRollout(run.tokenizer, run.generation)
+        run.teacher.prepare(PartialState(), run.model)  # the trainer prepares it again, for its own device and plugins
+        answers = teacher_answers(
+            rows,
+            prompts,
+            rollout,
+            run.teacher.weights,
+            run.output_dir / ANSWERS_NAME,
+            answers_fingerprint(self.recipe),
+        )
+        kept = [
+            run.builder.with_answer(row, answer) for row, answer in zip(rows, answers, strict=True) if answer.strip()
+        ]
+        if not kept:
+            raise NothingToLearn(
+                f"the teacher's answers to all {len(rows)} training prompts are empty; look at data.prompt (the "
+                f"stop strings "
+                "end an answer where it begins?) and at data.generation.max_new_tokens"
+            )
+        self.record.data["teacher_answers"] = {"rows": len(kept), "empty": len(rows) - len(kept)}
+        empty = len(rows) - len(kept)
+        left_out = f"; {empty} answers were empty and are left out" if empty else ""
+        self.console.print(f"The teacher answered {len(kept)} prompts{left_out}.")
+        return kept
+
+    def _evaluate(self, name: str, model: nn.Module) -> None:
+        run = self.run
+        if run.evaluation is None:
+            return
+        self.k_shot[name] = self._ask(model, run.evaluation, name)
+        for task, reports in zip(run.forgetting, self.forgetting, strict=True):
+            reports[name] = self._ask(model, task, f"{task.name}, {name}")
+
+    def _evaluate_teacher(self) -> None:
+        """Another model's own accuracy on the prompt it has in training: one that guesses has nothing to teach."""
+        run = self.run
+        if run.evaluation is None or self.recipe.teacher.kind != "local":
+            return
+        task = dataclasses.replace(run.evaluation, shots=[min(len(run.demonstrations), max(run.evaluation.shots))])
+        with self._clock("evaluation_teacher"), run.teacher.weights() as model:
+            self.k_shot["teacher"] = self._ask(model, task, "teacher")
+
+    def _ask(self, model: nn.Module, task: Task, words: str) -> KShotReport:
+        report = ask(self.run, model, task, f"k-shot {words}" if self.first else None)
+        self.console.print(report.table(f"{task.name}: {words}"))
+        return report
+
+    def _gold_baseline(self, rows: list[dict[str, Any]]) -> None:
+        """Fine-tune a fresh student on the data set's own answers: same adapter, seed, steps and prompts."""
+        run = self.run
+        changes = {
+            "output_dir": str(run.output_dir / "gold_baseline"),
+            "save_strategy": "no",
+            "run_policy": "overwrite",
+        }
+        config = make_config(self.recipe, **changes)
+        model = load_student(self.recipe, seed=run.config.seed)
+        trainer = make_trainer(run, rows, model, None, build_objective("cross_entropy"), config)
+        trainer.train()
+        self._evaluate("gold", trainer.accelerator.unwrap_model(trainer.model))
+        folder = Path(config.output_dir)
+        if self.first and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+    def _report(self) -> dict[str, Any]:
+        details = {name: plain_results(report) for name, report in self.k_shot.items()}
+        return {
+            "k_shot": {name: report.accuracies() for name, report in self.k_shot.items()},
+            "k_shot_details": details,
+            "forgetting": [
+                {
+                    "task": task.name,
+                    "k_shot": {name: report.accuracies() for name, report in reports.items()},
+                    "details": {name: plain_results(report) for name, report in reports.items()},
+                }
+                for task, reports in zip(self.run.forgetting, self.forgetting, strict=True)
+            ],
+            "loss_history": self.history,
+            "training": self.record.metrics,
+            "durations": self.record.durations,
+        }
+
+    def _finish(self) -> RunResult:
+        folder, report = self.run.output_dir, self._report()
+        if self.first:
+            write_report(folder / "report.json", report)
+            if self.history or report["k_shot_details"]:
+                plot_run(folder / "plot.png", self.history, report["k_shot_details"])
+            self.record.write(folder)
+            record = self.record.to_dict()
+            (folder / "recipe.yaml").write_text(yaml.safe_dump(record["recipe"], sort_keys=False), encoding="utf-8")
+            (folder / "README.md").write_text(build_card(record, report), encoding="utf-8")
+            if self.recipe.hub.push:
+                push(self.recipe, folder)
+        for line in summary_lines(folder, report):
+            self.console.print(line, highlight=False)
+        return RunResult(folder, report, self.record)
+
+    def _write_record(self) -> None:
+        if self.first:
+            self.record.write(self.run.output_dir)
+
+    @contextmanager
+    def _clock(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.record.durations[stage] = round(time.perf_counter() - start, 2)
+
+
+def make_trainer(
+    run: Run,
+    rows: Sequence[dict[str, Any]],
+    model: nn.Module,
+    teacher: Teacher | None,
+    objective: Objective,
+    config: Any,
+) -> DistillationTrainer:
+    """A trainer over these rows, with both views of each example as the recipe says."""
+    data = run.recipe.data
+    dataset = DistillationDataset(
+        rows,
+        run.builder,
+        demonstrations=fixed_demonstrations(run),
+        student_shots=data.student_shots,
+        teacher_view=teacher is not None and bool(objective.needs),
+        max_length=data.max_length,
+        teacher_max_length=data.teacher_max_length,
+        too_long=data.too_long,
+        whole_text=data.whole_text,
+        seed=data.seed,
+    )
+    return DistillationTrainer(
+        model,
+        teacher,
+        objective,
+        config,
+        train_dataset=dataset,
+        processing_class=run.tokenizer,
+        data_collator=DistillationCollator(run.tokenizer.pad_token_id),
+    )
+
+
+def answers_fingerprint(recipe: Recipe) -> dict[str, Any]:
+    """What decides the teacher's answers besides the prompts: whose weights they are, and how they are loaded."""
+    section = recipe.student if recipe.teacher.kind == "self" else recipe.teacher
+    names = {"kind", "model", "revision", "dtype", "load_kwargs", "options"}
+    return mask(section.model_dump(mode="json", include=names))
+
+
+def fixed_demonstrations(run: Run) -> list[dict[str, Any]]:
+    """The demonstrations that all training prompts share; none where each row brings its own."""
+    return run.demonstrations if run.recipe.data.demonstrations.column is None else []
+
+
+def push(recipe: Recipe, folder: Path) -> None:
+    """Send the folder to the hub, without checkpoints and the baseline's files."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    api.create_repo(recipe.hub.repo_id, private=recipe.hub.private, exist_ok=True)
+    # training_args.bin is a pickle with this machine's paths in it
+    ignored = ["checkpoint-*", "gold_baseline/*", ANSWERS_NAME, "training_args.bin"]
+    api.upload_folder(repo_id=recipe.hub.repo_id, folder_path=folder, ignore_patterns=ignored)
+
+
+def _last_checkpoint(run: Run) -> str | None:
+    found = checkpoints(run.output_dir) if run.recipe.training.get("run_policy") == "resume" else []
+    return str(found[-1]) if found else None

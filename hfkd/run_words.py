@@ -1,0 +1,99 @@
+"""What a run says to a reader: first what it will do, at the end what came of it.
+
+Turns the objects of a `Run` and a report into lines of text; it decides nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hfkd.build import Run
+
+
+def plan_lines(run: Run) -> list[str]:
+    """What the run will do, one line for each part of the recipe."""
+    recipe = run.recipe
+    lines = [
+        f"Student     {recipe.student.model}, {_trained(run)}",
+        f"Teacher     {_teacher(run)}",
+        f"Data        {recipe.data.train.path}: {len(run.train)} to train, {len(run.demonstrations)} demonstrations",
+        f"Answers     {_answers(run)}",
+        f"Objective   {_objective(run)}",
+        f"Training    {_length(run)}",
+    ]
+    if run.evaluation is not None:
+        lines.append(f"Evaluation  {_evaluation(run)}")
+    lines.append(f"Output      {run.output_dir}")
+    return lines
+
+
+def _trained(run: Run) -> str:
+    lora = run.recipe.student.lora
+    return "all weights are trained" if lora is None else f"a LoRA adapter of rank {lora.r} is trained"
+
+
+def _teacher(run: Run) -> str:
+    teacher, count = run.recipe.teacher, run.recipe.data.demonstrations.count
+    reads = f"it reads {count} demonstrations, the student {_choice(run.recipe.data.student_shots)}"
+    whose = {
+        "adapter_off": "the student itself with its adapter switched off",
+        "frozen_copy": "a frozen copy of the student as it is now",
+        "live": "the student itself as it is at each step",
+    }
+    if teacher.kind == "none":
+        return "none: the student learns the answers alone"
+    if teacher.kind == "self":
+        return f"{whose[teacher.weights]}; {reads}"
+    return f"{teacher.model or teacher.kind}; {reads}"
+
+
+def _choice(shots: list[int]) -> str:
+    return " or ".join(str(count) for count in shots)
+
+
+def _answers(run: Run) -> str:
+    if run.recipe.data.answer == "dataset":
+        return "those of the data set"
+    temperature = run.recipe.data.generation.temperature
+    how = "greedily" if temperature == 0 else f"at temperature {temperature:g}"
+    return f"written by the teacher {how}; the data set's own are not read in training"
+
+
+def _objective(run: Run) -> str:
+    return " + ".join(f"{term['weight']:g} x {term['name']}" for term in run.objective.describe())
+
+
+def _length(run: Run) -> str:
+    config = run.config
+    batch = config.train_batch_size * config.gradient_accumulation_steps * config.world_size
+    length = f"{config.max_steps} steps" if config.max_steps > 0 else f"{config.num_train_epochs:g} epochs"
+    return f"{length} of {batch} examples, learning rate {config.learning_rate:g}, seed {config.seed}"
+
+
+def _evaluation(run: Run) -> str:
+    task, settings = run.evaluation, run.recipe.evaluation
+    words = f"{len(task.items)} held-out items at {', '.join(map(str, task.shots))} shots, before and after"
+    if settings.gold_baseline:
+        words += ", beside a fine-tuning on the gold answers at equal budget"
+    if run.forgetting:
+        words += f", and what was forgotten of {', '.join(other.name for other in run.forgetting)}"
+    return words
+
+
+def summary_lines(folder: Path, report: Mapping[str, Any]) -> list[str]:
+    """What came of it: where the files are, how long each stage took and what has to be read with the figures."""
+    lines = []
+    if report.get("durations"):
+        parts = [f"{name.replace('_', ' ')} {seconds:.0f} s" for name, seconds in report["durations"].items()]
+        lines.append("Time        " + ", ".join(parts))
+    for name, results in report.get("k_shot_details", {}).items():
+        for shots, result in results.items():
+            if result.get("verdict"):
+                lines.append(f"Mind        {name}, {shots}-shot: {result['verdict']}")
+    lines.append(
+        f"Written     {folder}: the weights, run.json, report.json, plot.png, recipe.yaml and README.md (a card draft)"
+    )
+    return lines

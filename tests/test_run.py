@@ -1,0 +1,338 @@
+"""Whole runs of a recipe on a tiny model: what is refused before a model is loaded, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import make_model, make_tokenizer
+from huggingface_hub import ModelCard
+from rich.console import Console
+
+import hfkd.build
+from hfkd.build import build
+from hfkd.errors import VocabularyError
+from hfkd.recipe import RecipeError, load_recipe
+from hfkd.record import OutputFolderError
+from hfkd.run import run_recipe
+from hfkd.run_evaluation import evaluate_recipe
+
+VERBS = ["walk", "talk", "jump", "look", "call", "ask", "work", "play", "help", "turn", "move", "live", "love", "use",
+         "open", "close", "wash", "push", "pull", "cook"]  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with a model, data and a recipe of a second's length."""
+    monkeypatch.chdir(tmp_path)
+    make_model().save_pretrained("model")
+    make_tokenizer().save_pretrained("model")
+    rows = [{"prompt": verb, "completion": verb + "ed"} for verb in VERBS]
+    Path("verbs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("other.jsonl").write_text("".join(json.dumps({"prompt": v + "s", "completion": v}) + "\n" for v in VERBS))
+    recipe = {
+        "student": {"model": "model", "lora": {"r": 2, "alpha": 4}},
+        "teacher": {"kind": "self"},
+        "data": {
+            "train": {"path": "verbs.jsonl"},
+            "demonstrations": {"count": 4},
+            "student_shots": [0, 1],
+            "generation": {"max_new_tokens": 4},
+        },
+        "evaluation": {"shots": [0, 2], "size": 4, "max_new_tokens": 3},
+        "training": {
+            "output_dir": "out",
+            "max_steps": 2,
+            "per_device_train_batch_size": 2,
+            "logging_steps": 1,
+            "use_cpu": True,
+            "learning_rate": 0.01,
+            "disable_tqdm": True,
+        },
+    }
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return tmp_path
+
+
+def run(*overrides: str, words: io.StringIO | None = None):
+    console = Console(file=words or io.StringIO(), width=200)
+    return run_recipe(
+        load_recipe("recipe.yaml", overrides), console=console, command=["/x/hfkd", "train", "recipe.yaml"]
+    )
+
+
+def refuse_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    def loaded(*_: object, **__: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(hfkd.build, "load_student", loaded)
+
+
+def test_a_whole_run(folder: Path) -> None:
+    """The main job: a self-teacher's answers, training, both evaluations, the comparisons and every promised file."""
+    words = io.StringIO()
+    result = run(
+        "data.answer=teacher",
+        "evaluation.gold_baseline=true",
+        "evaluation.forgetting=[{path: other.jsonl, size: 3, demonstrations: 2}]",
+        words=words,
+    )
+    out = folder / "out"
+    names = {path.name for path in out.iterdir()}
+    assert {"run.json", "report.json", "plot.png", "README.md", "recipe.yaml", "teacher_answers.jsonl"} <= names
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= names
+    report = json.loads((out / "report.json").read_text())
+    assert report["k_shot"].keys() == {"before", "after", "gold"}
+    assert all(scores.keys() == {"0", "2"} and max(scores.values()) <= 1 for scores in report["k_shot"].values())
+    assert report["k_shot_details"]["after"]["0"].keys() >= {
+        "standard_error",
+        "most_frequent_share",
+        "distinct_answers",
+    }
+    assert report["forgetting"][0]["k_shot"].keys() == {"before", "after", "gold"}
+    assert [entry["step"] for entry in report["loss_history"]] == [1, 2]
+    record = json.loads((out / "run.json").read_text())
+    assert record["status"] == "finished"
+    assert record["command"] == ["hfkd", "train", "recipe.yaml"]
+    assert record["teacher"]["weights"] == "adapter_off"
+    assert record["data"]["train"]["rows"] == len(VERBS) - 4 - 4
+    assert record["data"]["training_examples"]["examples"] > 0
+    assert ModelCard((out / "README.md").read_text()).data.library_name == "peft"
+    text = words.getvalue()
+    assert "the student itself with its adapter switched off; it reads 4 demonstrations, the student 0 or 1" in text
+    assert text.index("Training    2 steps of 2 examples") < text.index("verbs.jsonl: before")
+    assert result.report == report
+
+
+def test_the_adapter_is_what_was_evaluated(folder: Path) -> None:
+    """An adapter that doesn't answer as the report says is a report of another model."""
+    report = run().report
+    recipe = load_recipe("recipe.yaml")
+    console = Console(file=io.StringIO())
+    with_adapter = evaluate_recipe(recipe, adapter=Path("out"), json_path=Path("scores.json"), console=console)
+    without = evaluate_recipe(recipe, console=console)
+    details = report["k_shot_details"]
+    assert with_adapter["details"] == details["after"]
+    assert without["details"] == details["before"]
+    assert json.loads(Path("scores.json").read_text())["k_shot"] == report["k_shot"]["after"]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["teacher={kind: none}", "loss.terms=[{kind: cross_entropy}]"],
+        ["teacher={kind: local, model: model}"],
+        ["teacher={kind: local, model: model}", "data.answer=teacher", "evaluation=null"],
+        ["teacher.weights=frozen_copy", "student.lora=null", "data.answer=teacher"],
+        ["teacher.weights=live", "loss.chunk_size=1"],
+        ["loss.terms=[{kind: cross_entropy}]", "data.answer=teacher", "data.whole_text=true"],
+        ["data.demonstrations={count: 3, path: other.jsonl}"],
+        ["evaluation.path=other.jsonl", "evaluation.split=train"],
+        ["training.max_steps=-1", "training.num_train_epochs=0.2"],
+    ],
+    ids=lambda overrides: " ".join(overrides),
+)
+def test_kinds_of_runs(folder: Path, overrides: list[str]) -> None:
+    """Each teacher and source of the schema must be wired to what it names."""
+    result = run(*overrides)
+    assert result.record.status == "finished"
+    losses = [entry["loss"] for entry in result.report["loss_history"]]
+    assert losses and all(loss == loss for loss in losses)
+    if "model: model" in overrides[0] and "evaluation=null" not in overrides:
+        assert result.report["k_shot"]["teacher"].keys() == {"2"}
+
+
+def test_only_what_is_visited_is_answered(folder: Path) -> None:
+    """A teacher that answers a million prompts for thirty steps costs hours for nothing."""
+    run("data.answer=teacher", "training.max_steps=1", "evaluation=null")
+    lines = (folder / "out" / "teacher_answers.jsonl").read_text().splitlines()
+    assert len(lines) == 1 + 2
+
+
+@pytest.mark.parametrize("kind", ["recipes", "folder"])
+def test_a_used_folder_is_refused_before_a_model_is_loaded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Two runs in one folder leave weights that neither record describes."""
+    out = folder / "out"
+    (out / "checkpoint-2").mkdir(parents=True) if kind == "folder" else run("evaluation=null")
+    refuse_models(monkeypatch)
+    with pytest.raises(OutputFolderError, match="out holds another run; choose another training.output_dir"):
+        run()
+    with pytest.raises(OutputFolderError, match="made by another recipe" if kind == "recipes" else "no run.json"):
+        run("training.run_policy=resume", "training.learning_rate=1")
+
+
+def test_overwrite_starts_anew(folder: Path) -> None:
+    """A checkpoint of the old run left behind would be resumed into the new one."""
+    run("evaluation=null", "training.save_steps=1")
+    assert (folder / "out" / "checkpoint-2").exists()
+    (folder / "out" / "notes.txt").write_text("mine")
+    run("evaluation=null", "training.run_policy=overwrite", "training.learning_rate=0.02")
+    assert not (folder / "out" / "checkpoint-1").exists()
+    assert (folder / "out" / "notes.txt").exists()
+
+
+def test_resume_goes_on(folder: Path) -> None:
+    """A resumed run must end where the straight one ends, not begin again."""
+    common = ["evaluation=null", "data.answer=teacher", "training.lr_scheduler_type=constant", "training.save_steps=1"]
+    straight = run(*common, "training.max_steps=3", "training.output_dir=straight")
+    run(*common, "training.max_steps=3")
+    for path in (folder / "out").glob("checkpoint-3"):
+        path.rename(folder / "gone")
+    resumed = run(*common, "training.max_steps=3", "training.run_policy=resume")
+    ours, theirs = resumed.report["loss_history"][-1], straight.report["loss_history"][-1]
+    assert ours["step"] == theirs["step"] == 3
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["data.train.path=missing.jsonl"], "missing.jsonl"),
+        (["data.demonstrations.count=30", "evaluation.shots=0"], "too few"),
+        (
+            ["data.demonstrations={count: 30, path: other.jsonl}"],
+            "other.jsonl has 20 rows; expected at least 30",
+        ),
+        (
+            ["evaluation.path=verbs.jsonl", "evaluation.split=train", "evaluation.size=20"],
+            "has the prompt of demonstration",
+        ),
+        (
+            ["data.demonstrations.count=0", "data.student_shots=0", "evaluation.shots=0"],
+            "no row of verbs.jsonl has a priv",
+        ),
+        (["student.model=nothing/here"], "the tokenizer of student.model nothing/here can't be loaded"),
+        (["data.prompt.builder='no.such:thing'"], "data.prompt.builder: no.such can't be imported"),
+        (["data.prompt.builder='json:nothing'"], "data.prompt.builder: json has no nothing"),
+        (["data.prompt.builder='json:__name__'"], "expected a function"),
+        (["teacher={kind: 'json:JSONDecoder'}"], "expected a subclass of hfkd.teachers.Teacher"),
+        (["loss.terms=[{kind: 'json:JSONDecoder'}]"], "expected a subclass of hfkd.losses.TokenLoss"),
+        (["loss.terms=[{kind: 'no.such:Loss'}]"], "install the package or put its folder on PYTHONPATH"),
+        (["training.warmup_steps=-3"], "training: "),
+        (["training.lr_scheduler_type=cosin"], "training: "),
+    ],
+)
+def test_bad_input_is_refused_before_a_model_is_loaded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], words: str
+) -> None:
+    """What can be known in a second must not be said after minutes of loading."""
+    refuse_models(monkeypatch)
+    with pytest.raises((ValueError, OSError)) as caught:
+        run(*overrides)
+    assert words in str(caught.value)
+
+
+def test_an_own_loss_without_a_teacher_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an own loss needs is known only when it is built; still before a model is loaded."""
+    refuse_models(monkeypatch)
+    with pytest.raises(RecipeError, match="compares with a teacher's distribution, and teacher.kind is none"):
+        run("teacher.kind=none", "loss.terms=[{kind: 'hfkd.losses:ReverseKL'}]")
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_damaged_model_is_named(folder: Path, file: str) -> None:
+    """A download that broke off must not read as a bug of ours."""
+    path = folder / "model" / file
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(OSError, match="student.model model can't be"):
+        run()
+
+
+def test_missing_weights_are_not_made_up(folder: Path) -> None:
+    """transformers fills missing weights with random numbers and a warning; a student of that kind teaches nothing."""
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "model" / "model.safetensors"
+    weights = load_file(path)
+    weights.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(OSError, match="lacks 1 of its weights, .*up_proj.weight among them"):
+        run()
+
+
+def test_a_teacher_with_other_tokens_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal ids that mean different tokens train the student to say nonsense, with a fine loss."""
+    make_model().save_pretrained("teacher")
+    tokenizer = make_tokenizer()
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary = state["model"]["vocab"]
+    vocabulary["A"], vocabulary["B"] = vocabulary["B"], vocabulary["A"]
+    tokenizer.save_pretrained("teacher")
+    saved = json.loads(Path("teacher/tokenizer.json").read_text())
+    saved["model"]["vocab"] = vocabulary
+    Path("teacher/tokenizer.json").write_text(json.dumps(saved))
+    with pytest.raises(VocabularyError, match="is 'A' for the student and 'B' for the teacher"):
+        run("teacher={kind: local, model: teacher}")
+
+
+def test_a_run_that_failed_in_training_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record that says `started` for ever looks like a run that is still going."""
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr("hfkd.run.DistillationTrainer.train", broken)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        run("evaluation=null")
+    assert json.loads((folder / "out" / "run.json").read_text())["status"] == "failed"
+
+
+def test_a_mended_recipe_may_use_the_folder(folder: Path) -> None:
+    """A run that never began to train must not block its own repetition, nor lose the teacher's answers."""
+    with pytest.raises(ValueError, match="max_length"):
+        run("data.max_length=3", "evaluation=null", "data.answer=teacher")
+    answers = folder / "out" / "teacher_answers.jsonl"
+    written = answers.read_text()
+    assert not (folder / "out" / "run.json").exists()
+    assert run("evaluation=null", "data.answer=teacher").record.status == "finished"
+    assert answers.read_text() == written
+
+
+def test_a_dry_build_needs_no_files(folder: Path) -> None:
+    """Every recipe that ships is checked offline by this."""
+    recipe = load_recipe(
+        "recipe.yaml",
+        [
+            "student.model=org/nowhere",
+            "data.train={path: openai/gsm8k, name: main, format: gsm8k}",
+            "evaluation={path: openai/gsm8k, name: main, format: gsm8k, shots: [0, 4]}",
+            "training.bf16=true",
+        ],
+    )
+    made = build(recipe, dry=True)
+    assert made.model is None and made.train == []
+    assert made.sources["train"].path == "openai/gsm8k"
+    assert made.objective.needs
+    assert made.config.max_steps == 2
+
+
+def test_evaluate_refuses_what_is_no_adapter(folder: Path) -> None:
+    """Evaluating the bare model under an adapter's name would be a lie."""
+    recipe = load_recipe("recipe.yaml")
+    with pytest.raises(ValueError, match="has no adapter_config.json; expected the folder of a LoRA run"):
+        evaluate_recipe(recipe, adapter=folder)
+    with pytest.raises(ValueError, match="the recipe has no evaluation section"):
+        evaluate_recipe(load_recipe("recipe.yaml", ["evaluation=null"]))
+
+
+def test_push_sends_the_card_and_no_checkpoints(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints hold optimizer states, and the teacher's answers may be private."""
+    calls: dict[str, dict] = {}
+
+    class Hub:
+        def create_repo(self, name: str, **settings: object) -> None:
+            calls["create"] = {"name": name, **settings}
+
+        def upload_folder(self, **settings: object) -> None:
+            calls["upload"] = settings
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    run("hub={push: true, repo_id: me/it}", "evaluation=null")
+    assert calls["create"] == {"name": "me/it", "private": True, "exist_ok": True}
+    assert "checkpoint-*" in calls["upload"]["ignore_patterns"]
+    assert "teacher_answers.jsonl" in calls["upload"]["ignore_patterns"]
