@@ -136,13 +136,12 @@ class ChatTemplate:
 def _check_written(message: Message, text: str) -> None:
     """Templates of some vision models write nothing of a content that is a plain text, and say nothing about it."""
     content = message.get("content")
-    end = (
-        content.strip()[-20:] if isinstance(content, str) else ""
-    )  # the beginning may be reasoning, which is rewritten
+    # the beginning may be reasoning, which templates rewrite
+    end = content.strip()[-20:] if isinstance(content, str) else ""
     if end not in text:
         raise ValueError(
             f"the chat template doesn't write the content {end!r} of a message of the role {message['role']!r}; it "
-            "may want contents as lists of parts such as {'type': 'text', 'text': '...'}, or belong to another tokenizer"
+            "may want contents as lists of parts such as {'type': 'text', 'text': '...'}, or another tokenizer"
         )
 
 
