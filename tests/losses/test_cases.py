@@ -1,0 +1,170 @@
+"""Cases that one loss must get right, with numbers that a reader can check by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from reference import REFERENCES, l1_cost, transport_plan
+from torch import Tensor
+
+from hfkd.losses import LOSSES
+from hfkd.objective import build_objective
+from hfkd.rows import DenseRows, Head
+from hfkd.signal import TeacherSignal
+from hfkd.support import TokenChunk
+
+TEACHER = (0.45, 0.25, 0.15, 0.10, 0.05)
+STUDENT = (0.25, 0.30, 0.20, 0.05, 0.20)
+
+MIXTURE = tuple(0.25 * q + 0.75 * p for p, q in zip(TEACHER, STUDENT, strict=True))
+TEACHER_SKEWED = tuple(0.1 * p + 0.9 * q for p, q in zip(TEACHER, STUDENT, strict=True))
+STUDENT_SKEWED = tuple(0.1 * q + 0.9 * p for p, q in zip(TEACHER, STUDENT, strict=True))
+
+
+def by_hand(first: tuple[float, ...], second: tuple[float, ...]) -> float:
+    """KL(first || second), written out."""
+    return sum(a * math.log(a / b) for a, b in zip(first, second, strict=True))
+
+
+BY_HAND = [
+    # .45 ln(.45/.25) + .25 ln(.25/.30) + .15 ln(.15/.20) + .10 ln(.10/.05) + .05 ln(.05/.20)
+    # = .264504 - .045580 - .043152 + .069315 - .069315
+    ("forward_kl", {}, 0.175771),
+    # .25 ln(.25/.45) + .30 ln(.30/.25) + .20 ln(.20/.15) + .05 ln(.05/.10) + .20 ln(.20/.05)
+    # = -.146947 + .054696 + .057536 - .034657 + .277259
+    ("reverse_kl", {}, 0.207888),
+    ("jensen_shannon", {"mixture_weight": 0.25}, 0.25 * by_hand(STUDENT, MIXTURE) + 0.75 * by_hand(TEACHER, MIXTURE)),
+    ("skew_forward_kl", {"skew": 0.1}, by_hand(TEACHER, TEACHER_SKEWED)),
+    ("skew_reverse_kl", {"skew": 0.1}, by_hand(STUDENT, STUDENT_SKEWED)),
+    # (.20 + .05 + .05 + .05 + .15) / 2
+    ("total_variation", {}, 0.25),
+    # one row each: all of it goes to the only place there is, at an L1 cost of .50
+    ("sinkhorn", {"alone": True}, 0.50),
+    # -ln .20
+    ("cross_entropy", {}, 1.609438),
+]
+
+
+def rows_of(hidden: Tensor, head: Tensor, **more) -> DenseRows:
+    return DenseRows(hidden, Head(head, **more))
+
+
+# ------------------------------------------------------------------------------------------- direction
+
+
+@pytest.mark.parametrize(("kind", "arguments", "expected"), BY_HAND, ids=[case[0] for case in BY_HAND])
+def test_direction_is_the_one_in_the_name(kind, arguments, expected):
+    """Prevents forward and reverse swapped, in a loss, in the objective or in the reference: all three are pinned."""
+    student, teacher = torch.tensor([STUDENT]).log(), torch.tensor([TEACHER]).log()
+    target = torch.tensor([4])
+    definition = {name: value for name, value in arguments.items() if name != "alone"}
+    assert REFERENCES[kind](student.double(), teacher.double(), target, **definition).item() == pytest.approx(
+        expected, abs=1e-6
+    )
+    loss = LOSSES[kind](**arguments)
+    assert loss(TokenChunk.from_logits(target, student, teacher)).item() == pytest.approx(expected, abs=1e-6)
+    whole = build_objective([{"kind": kind, **arguments}])(
+        rows_of(student, torch.eye(5)), TeacherSignal(rows_of(teacher, torch.eye(5))), target
+    )
+    assert whole.total.item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_every_loss_is_pinned_by_hand():
+    """Prevents a new loss whose direction rests on its own docstring."""
+    assert {case[0] for case in BY_HAND} == set(LOSSES)
+
+
+def test_forward_kl_is_not_the_cross_entropy_against_the_teacher():
+    """Prevents a curve that ends at the teacher's entropy instead of 0, under the name of a KL."""
+    entropy = -sum(p * math.log(p) for p in TEACHER)
+    soft = -sum(p * math.log(q) for p, q in zip(TEACHER, STUDENT, strict=True))
+    student, teacher = torch.tensor([STUDENT]).log(), torch.tensor([TEACHER]).log()
+    assert LOSSES["forward_kl"]().between(student, teacher).item() == pytest.approx(soft - entropy, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "limit", "factor"),
+    [
+        ("jensen_shannon", {"mixture_weight": 1e-4}, "reverse_kl", 1e-4),
+        ("jensen_shannon", {"mixture_weight": 1 - 1e-4}, "forward_kl", 1e-4),
+        ("skew_forward_kl", {"skew": 1e-6}, "forward_kl", 1.0),
+        ("skew_reverse_kl", {"skew": 1e-6}, "reverse_kl", 1.0),
+    ],
+)
+def test_limits_are_the_divergences_that_the_docstrings_name(kind, arguments, limit, factor):
+    """Prevents a weight or a skew that belongs to the other model: each end must be the right neighbour."""
+    student, teacher = torch.tensor([STUDENT]).double().log(), torch.tensor([TEACHER]).double().log()
+    value = LOSSES[kind](**arguments).between(student, teacher).item()
+    assert value == pytest.approx(factor * LOSSES[limit]().between(student, teacher).item(), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "bound"),
+    [
+        ("jensen_shannon", {}, math.log(2)),
+        ("skew_forward_kl", {"skew": 0.1}, math.log(10)),
+        ("skew_reverse_kl", {"skew": 0.1}, math.log(10)),
+        ("total_variation", {}, 1.0),
+    ],
+)
+@pytest.mark.parametrize("gap", [200.0, math.inf])
+def test_bounds_are_met_at_disjoint_distributions(kind, arguments, bound, gap):
+    """Prevents the log of an underflowed mixture, which gives NaN or infinity where the measure has a bound."""
+    student = torch.tensor([[gap, 0.0]]) if math.isfinite(gap) else torch.tensor([[0.0, -math.inf]])
+    teacher = student.flip(-1)
+    student.requires_grad_(True)
+    value = LOSSES[kind](**arguments)(TokenChunk.from_logits(torch.tensor([0]), student, teacher))
+    assert value.item() == pytest.approx(bound, rel=1e-6)
+    (gradient,) = torch.autograd.grad(value.sum(), student)
+    assert torch.isfinite(gradient).all()
+
+
+def test_reverse_kl_moves_the_student_away_from_what_the_teacher_rules_out():
+    """Prevents a floor under log p that also cuts the gradient: the student would keep mass on impossible tokens."""
+    student = torch.zeros(1, 4, requires_grad=True)
+    teacher = torch.tensor([[0.0, 0.0, 0.0, -math.inf]])
+    value = LOSSES["reverse_kl"]()(TokenChunk.from_logits(torch.tensor([0]), student, teacher))
+    (gradient,) = torch.autograd.grad(value.sum(), student)
+    assert gradient[0, 3] > 1.0 and (gradient[0, :3] < 0).all()
+
+
+# -------------------------------------------------------------------------------- arguments and errors
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        ("jensen_shannon", {"mixture_weight": 0.0}),
+        ("jensen_shannon", {"mixture_weight": 1.0}),
+        ("jensen_shannon", {"mixture_weight": -0.5}),
+        ("skew_forward_kl", {"skew": 0.0}),
+        ("skew_forward_kl", {"skew": 1.0}),
+        ("skew_reverse_kl", {"skew": 1.5}),
+        ("forward_kl", {"temperature": 0.0}),
+        ("reverse_kl", {"temperature": -1.0}),
+        ("total_variation", {"temperature": math.nan}),
+    ],
+)
+def test_arguments_without_a_meaning_are_refused(kind, arguments):
+    """Prevents a loss that is 0 everywhere, or infinite, because of one number in a recipe."""
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        LOSSES[kind](**arguments)
+
+
+# ------------------------------------------------------------------------------ the reference, by hand
+
+
+def test_the_reference_plan_is_a_plan():
+    """Prevents a reference that drifts: each column carries the mass of one row, and the published cost comes out."""
+    student = torch.tensor([[0.6, 0.3, 0.1], [0.3, 0.3, 0.4]]).double()
+    teacher = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.8, 0.1]]).double()
+    cost = l1_cost(student, teacher)
+    torch.testing.assert_close(cost, torch.tensor([[0.2, 1.0], [0.8, 1.0]]).double(), atol=1e-6, rtol=0)
+    plan = transport_plan(cost, 0.1, 20)
+    torch.testing.assert_close(plan.sum(0), torch.ones(2).double())
+    torch.testing.assert_close(
+        plan, torch.tensor([[0.95071, 0.04563], [0.04929, 0.95437]]).double(), atol=1e-5, rtol=0
+    )
+    assert (plan * cost).sum().item() == pytest.approx(1.229573, abs=1e-6)
