@@ -18,11 +18,16 @@ PACKAGE = "hfkd"
 # The one table of layers. A module or a package at the top of hfkd/ stands in exactly one line.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("batch", "rows", "support", "signal", "distributed", "prefix", "errors"),
-    ("losses", "objective", "data", "cache"),
+    ("losses", "chunks", "objective", "data", "cache"),
     ("teachers", "rollout"),
-    ("metrics", "record", "config", "trainer"),
+    ("metrics", "record", "config", "student", "trainer"),
     ("eval", "card", "hub"),
-    ("recipe", "recipe_source", "run", "cli", "__main__"),
+    (
+        *("recipe", "recipe_source", "recipe_checks"),
+        *("build", "build_data", "build_models"),
+        *("run", "run_evaluation", "run_words"),
+        *("cli", "__main__"),
+    ),
 )
 LAYER_OF = {unit: layer for layer, units in enumerate(LAYERS) for unit in units}
 
