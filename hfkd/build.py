@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfkd.build_data import Task, load_data
+from hfkd.build_data import Rows, Task, load_data
 from hfkd.build_models import (
     import_named,
     load_student,
@@ -24,8 +24,8 @@ from hfkd.config import DistillationConfig
 from hfkd.data.load import Source
 from hfkd.data.prompts import PromptBuilder, PromptStyle
 from hfkd.objective import Objective, build_objective
-from hfkd.recipe import Recipe
 from hfkd.recipe_checks import needs_faults, term_specs
+from hfkd.recipe_schema import Recipe
 from hfkd.recipe_source import RecipeError
 from hfkd.record import check_output_folder, recipe_fingerprint
 from hfkd.rollout.base import GenerationSettings
@@ -68,6 +68,11 @@ class Run:
         """Where the run writes."""
         return Path(self.recipe.training["output_dir"])
 
+    def take(self, rows: Rows) -> None:
+        """Put the loaded rows in their places."""
+        self.train, self.demonstrations = rows.train, rows.demonstrations
+        self.evaluation, self.forgetting = rows.evaluation, rows.forgetting
+
 
 def build(recipe: Recipe, *, dry: bool = False) -> Run:
     """Make the objects of a run.
@@ -87,12 +92,12 @@ def build(recipe: Recipe, *, dry: bool = False) -> Run:
     if dry:
         return run
     check_output_folder(run.output_dir, recipe.training.get("run_policy", "refuse"), run.fingerprint)
-    load_data(run)
+    run.take(load_data(recipe, run.sources))
     run.tokenizer = load_tokenizer(recipe.student)
     run.builder = PromptBuilder(run.tokenizer, run.style)
     run.teacher = make_teacher(recipe)
     run.model = load_student(recipe, seed=run.config.seed)
-    prepare_teacher(run)
+    prepare_teacher(recipe, run.teacher, run.model, run.tokenizer, compares=bool(run.objective.needs))
     return run
 
 
@@ -116,7 +121,7 @@ def build_for_evaluation(recipe: Recipe, adapter: Path | None = None) -> Run:
             "trained is evaluated with student.model=FOLDER)"
         )
     run = _settings(recipe, dry=False)
-    load_data(run)
+    run.take(load_data(recipe, run.sources))
     run.tokenizer = load_tokenizer(recipe.student)
     run.builder = PromptBuilder(run.tokenizer, run.style)
     student = recipe.student.model_copy(update={"lora": None})

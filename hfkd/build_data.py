@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hfkd.data.load import Source, load_rows
 from hfkd.data.select import check_leakage, split_rows, visited
-from hfkd.recipe import DemonstrationsSection, ForgettingSection, Recipe
-
-if TYPE_CHECKING:
-    from hfkd.build import Run
+from hfkd.recipe_schema import DemonstrationsSection, EvaluationSection, ForgettingSection, Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -29,30 +26,47 @@ class Task:
     extract: str
 
 
-def load_data(run: Run) -> None:
+@dataclass
+class Rows:
+    """The rows of a run by what they are for. `train` holds no demonstrations and no held-out items."""
+
+    train: list[dict[str, Any]] = field(default_factory=list)
+    demonstrations: list[dict[str, Any]] = field(default_factory=list)
+    evaluation: Task | None = None
+    forgetting: list[Task] = field(default_factory=list)
+
+
+def load_data(recipe: Recipe, sources: Mapping[str, Source]) -> Rows:
     """Load all rows, split them and refuse what overlaps; runs before any model is loaded.
+
+    Args:
+        recipe: From `load_recipe`.
+        sources: By section: `train`, `demonstrations`, `evaluation`, `forgetting.<i>`.
 
     Raises:
         ValueError: Too few rows, a missing column, demonstrations among the evaluation items, or a self-teacher for
             which no row holds a second prompt.
     """
-    recipe, data = run.recipe, run.recipe.data
-    rows = list(load_rows(run.sources["train"]))
-    own_file = "demonstrations" in run.sources
-    drawn = _drawn_demonstrations(recipe)
-    held_out = recipe.evaluation.size if recipe.evaluation is not None and recipe.evaluation.path is None else 0
-    splits = split_rows(rows, demonstrations=drawn, evaluation=held_out, seed=data.demonstrations.seed)
-    run.train, run.demonstrations = list(splits.train), list(splits.demonstrations)
-    if own_file:
-        run.demonstrations = _from_file(run.sources["demonstrations"], data.demonstrations)
-    _check_second_view(run)
-    if recipe.evaluation is None:
-        return
-    items = list(splits.evaluation) if "evaluation" not in run.sources else list(load_rows(run.sources["evaluation"]))
-    _check_overlap(run.demonstrations, items, run.train)
-    evaluation = recipe.evaluation
-    run.evaluation = Task(data.train.path, items, run.demonstrations, evaluation.shots, evaluation.extract)
-    run.forgetting = [_other_task(run, index, other) for index, other in enumerate(evaluation.forgetting)]
+    data, evaluation = recipe.data, recipe.evaluation
+    rows = list(load_rows(sources["train"]))
+    held_out = evaluation.size if evaluation is not None and evaluation.path is None else 0
+    splits = split_rows(
+        rows, demonstrations=_drawn_demonstrations(recipe), evaluation=held_out, seed=data.demonstrations.seed
+    )
+    loaded = Rows(splits.train, splits.demonstrations)
+    if "demonstrations" in sources:
+        loaded.demonstrations = _from_file(sources["demonstrations"], data.demonstrations)
+    _check_second_view(recipe, loaded.train)
+    if evaluation is None:
+        return loaded
+    items = splits.evaluation if "evaluation" not in sources else list(load_rows(sources["evaluation"]))
+    _check_overlap(loaded.demonstrations, items, loaded.train)
+    loaded.evaluation = Task(data.train.path, items, loaded.demonstrations, evaluation.shots, evaluation.extract)
+    loaded.forgetting = [
+        _other_task(sources[f"forgetting.{index}"], other, evaluation)
+        for index, other in enumerate(evaluation.forgetting)
+    ]
+    return loaded
 
 
 def _drawn_demonstrations(recipe: Recipe) -> int:
@@ -72,11 +86,10 @@ def _from_file(source: Source, wanted: DemonstrationsSection) -> list[dict[str, 
     return visited(rows, wanted.count, wanted.seed)
 
 
-def _check_second_view(run: Run) -> None:
-    recipe = run.recipe
+def _check_second_view(recipe: Recipe, train: Sequence[Mapping]) -> None:
     if recipe.teacher.kind != "self" or recipe.data.prompt.builder is not None or recipe.data.demonstrations.count:
         return
-    if not any(row.get("privileged_context") for row in run.train):
+    if not any(row.get("privileged_context") for row in train):
         raise ValueError(
             f"teacher.kind: self needs a second prompt, and there is none: data.demonstrations.count is 0 and "
             f"no row of "
@@ -96,11 +109,10 @@ def _check_overlap(demonstrations: Sequence[Mapping], items: Sequence[Mapping], 
         )
 
 
-def _other_task(run: Run, index: int, other: ForgettingSection) -> Task:
-    source = run.sources[f"forgetting.{index}"]
+def _other_task(source: Source, other: ForgettingSection, evaluation: EvaluationSection) -> Task:
     rows = list(load_rows(source))
     splits = split_rows(rows, demonstrations=other.demonstrations, evaluation=0, seed=other.seed)
-    shots = [count for count in run.recipe.evaluation.shots if count <= other.demonstrations]
+    shots = [count for count in evaluation.shots if count <= other.demonstrations]
     name = Path(source.path).stem if Path(source.path).suffix else source.path
-    extract = other.extract or run.recipe.evaluation.extract
+    extract = other.extract or evaluation.extract
     return Task(name, splits.train[: other.size], splits.demonstrations, shots, extract)

@@ -10,12 +10,11 @@ import pickle
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from hfkd.recipe import Recipe, StudentSection, TeacherSection
+from hfkd.recipe_schema import Recipe, StudentSection, TeacherSection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from hfkd.build import Run
     from hfkd.teachers import Teacher
 
 # What of `load_kwargs` decides where a tokenizer is found, and so belongs to it as well.
@@ -122,26 +121,36 @@ def readable(load: Callable[[], Any], what: str) -> Any:
         raise OSError(f"{what} can't be loaded: {error}") from error
 
 
-def prepare_teacher(run: Run) -> None:
+def prepare_teacher(
+    recipe: Recipe,
+    teacher: Teacher | None,
+    student: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    compares: bool,
+) -> None:
     """Load another model as the teacher, after a look at whether its tokens are the student's.
 
+    Args:
+        recipe: Says where the teacher is.
+        teacher: From `make_teacher`; only one that is another model is prepared here.
+        student: The student's model.
+        tokenizer: The student's tokenizer.
+        compares: Whether a loss compares the two distributions, so that equal ids must be equal tokens.
+
     Raises:
-        VocabularyError: An id stands for different tokens, and the losses compare distributions.
+        VocabularyError: An id stands for different tokens.
         OSError: The teacher's model can't be found or read.
     """
     from accelerate import PartialState
 
     from hfkd.teachers import LocalTeacher, check_same_tokens
 
-    teacher = run.teacher
     if not isinstance(teacher, LocalTeacher):
         return
-    what = f"teacher.model {teacher.name}"
-    section = run.recipe.teacher
-    teacher.tokenizer = load_tokenizer(section)
-    if run.objective.needs:
-        check_same_tokens(run.tokenizer, teacher.tokenizer)
-    readable(lambda: teacher.prepare(PartialState(), run.model), what)
+    teacher.tokenizer = load_tokenizer(recipe.teacher)
+    if compares:
+        check_same_tokens(tokenizer, teacher.tokenizer)
+    readable(lambda: teacher.prepare(PartialState(), student), f"teacher.model {teacher.name}")
 
 
 def make_teacher(recipe: Recipe) -> Teacher | None:

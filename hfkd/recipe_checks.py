@@ -12,12 +12,10 @@ import inspect
 import re
 import typing
 from collections.abc import Collection, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from hfkd.recipe_schema import Recipe, SourceSection
 from hfkd.recipe_source import near, shown
-
-if TYPE_CHECKING:
-    from hfkd.recipe import Recipe, SourceSection
 
 _OWN_CLASS = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
 _TEACHERS = ("self", "local", "none")

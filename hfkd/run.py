@@ -31,7 +31,7 @@ from hfkd.errors import NothingToLearn
 from hfkd.eval.k_shot import KShotReport
 from hfkd.eval.report import plot_run, write_report
 from hfkd.objective import Objective, build_objective
-from hfkd.recipe import Recipe
+from hfkd.recipe_schema import Recipe
 from hfkd.record import RunRecord, checkpoints, clear_output_folder, mask, rows_fingerprint, safe_command
 from hfkd.rollout.answers import teacher_answers
 from hfkd.rollout.hf import HFRollout
@@ -188,14 +188,8 @@ class _Conductor:
         prompts = teacher_prompts(rows, run.builder, fixed_demonstrations(run))
         rollout = HFRollout(run.tokenizer, run.generation)
         run.teacher.prepare(PartialState(), run.model)  # the trainer prepares it again, for its own device and plugins
-        answers = teacher_answers(
-            rows,
-            prompts,
-            rollout,
-            run.teacher.weights,
-            run.output_dir / ANSWERS_NAME,
-            answers_fingerprint(self.recipe),
-        )
+        path, fingerprint = run.output_dir / ANSWERS_NAME, answers_fingerprint(self.recipe)
+        answers = teacher_answers(rows, prompts, rollout, run.teacher.weights, path, fingerprint)
         kept = [
             run.builder.with_answer(row, answer) for row, answer in zip(rows, answers, strict=True) if answer.strip()
         ]

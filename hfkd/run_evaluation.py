@@ -13,7 +13,7 @@ from rich.console import Console
 from hfkd.build import Run, build_for_evaluation
 from hfkd.build_data import Task
 from hfkd.eval.k_shot import KShotReport, evaluate_k_shot
-from hfkd.recipe import Recipe
+from hfkd.recipe_schema import Recipe
 from hfkd.record import mask, write_json
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from hfkd.data.prompts import PromptStyle
-from hfkd.recipe import PromptSection, Recipe, RecipeError, load_recipe
+from hfkd.recipe import Recipe, RecipeError, load_recipe
+from hfkd.recipe_schema import PromptSection
 
 BASE = {
     "student": {"model": "org/small", "lora": {"r": 4}},

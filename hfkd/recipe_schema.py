@@ -1,0 +1,228 @@
+"""The schema of a recipe: every key that a YAML recipe may have, with its type, its limits and its default.
+
+Says what a key may hold by itself; which keys go together is `hfkd.recipe_checks`, and `hfkd.recipe` reads the file.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, model_validator
+
+
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("expected a number, not true or false")
+    return value
+
+
+def _expand_shots(value: Any) -> Any:
+    """`{min: 1, max: 3}` means 1, 2 or 3; one number means always that many."""
+    if isinstance(value, dict):
+        if set(value) != {"min", "max"} or not all(type(part) is int for part in value.values()):
+            raise ValueError("expected a list of numbers of demonstrations, or {min: 1, max: 3}")
+        if value["min"] > value["max"]:
+            raise ValueError(f"expected min <= max, and min is {value['min']} while max is {value['max']}")
+        return list(range(value["min"], value["max"] + 1))
+    return [value] if isinstance(value, int) else value
+
+
+def _names_or_one(value: Any) -> Any:
+    if isinstance(value, str) or (isinstance(value, list) and value and all(isinstance(part, str) for part in value)):
+        return value
+    raise ValueError("expected a name, such as all-linear, or a list of names")
+
+
+Count = Annotated[int, Field(strict=True, ge=0)]
+Positive = Annotated[int, Field(strict=True, ge=1)]
+Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
+Text = Annotated[str, Field(min_length=1)]
+Shots = Annotated[list[Count], BeforeValidator(_expand_shots), Field(min_length=1)]
+Dtype = Literal["float32", "bfloat16", "float16", "auto"]
+Options = dict[str, Any]
+
+
+class Section(BaseModel):
+    """A part of a recipe; a key that it doesn't know is an error."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class LoraSection(Section):
+    """The adapter that the student trains; without it all weights of the student are trained."""
+
+    r: Positive = 16
+    alpha: Annotated[Number, Field(gt=0)] = 32.0
+    dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.0
+    target_modules: Annotated[Any, BeforeValidator(_names_or_one)] = "all-linear"
+    modules_to_save: list[Text] | None = None
+
+
+class StudentSection(Section):
+    """The model that learns. `load_kwargs` goes to `from_pretrained` as it is."""
+
+    model: Text
+    revision: Text | None = None
+    dtype: Dtype = "float32"
+    trust_remote_code: StrictBool = False
+    attn_implementation: Text | None = None
+    load_kwargs: Options = {}
+    lora: LoraSection | None = None
+
+
+class TeacherSection(Section):
+    """Whose distribution the student learns: its own weights on another prompt, another model, a class, or none."""
+
+    kind: Text
+    weights: Literal["adapter_off", "live", "frozen_copy"] = "adapter_off"
+    model: Text | None = None
+    revision: Text | None = None
+    dtype: Dtype = "auto"
+    trust_remote_code: StrictBool = False
+    load_kwargs: Options = {}
+    reuse_prefix: StrictBool = True
+    options: Options = {}
+
+
+class SourceSection(Section):
+    """Where rows are: a file, folder, hub id or `reasoning_gym:<task>`. `columns` maps our names to its own."""
+
+    path: Text
+    name: Text | None = None
+    split: Text = "train"
+    format: Text | None = None
+    columns: dict[str, Text] = {}
+    size: Positive | None = None
+    seed: int = 0
+    revision: Text | None = None
+    options: Options = {}
+
+
+class DemonstrationsSection(Section):
+    """Worked examples that the teacher reads: from a file, a column of each row, or drawn from the training rows."""
+
+    count: Count = 0
+    seed: int = 0
+    path: Text | None = None
+    name: Text | None = None
+    split: Text = "train"
+    format: Text | None = None
+    columns: dict[str, Text] = {}
+    column: Text | None = None
+
+    @model_validator(mode="after")
+    def _one_place(self) -> DemonstrationsSection:
+        if self.path is not None and self.column is not None:
+            raise ValueError("expected path (a file of demonstrations) or column (a column of each row), not both")
+        if self.count == 0 and (self.path is not None or self.column is not None):
+            raise ValueError("names where demonstrations come from, but count is 0; expected count >= 1")
+        return self
+
+
+class PromptSection(Section):
+    """How a row becomes a prompt; the same fields and defaults as `hfkd.data.prompts.PromptStyle`."""
+
+    style: Literal["text", "chat"] = "text"
+    system: str | None = None
+    question: str = "Question: {prompt}\nAnswer:"
+    answer: str = " {completion}\n"
+    separator: str = "\n"
+    stop: list[Text] = ["\n"]
+    teacher_context: str = "{privileged_context}\n\n{prompt}"
+    builder: Text | None = None
+
+
+class GenerationSection(Section):
+    """How the teacher writes its answers when `answer: teacher`; temperature 0 is greedy."""
+
+    max_new_tokens: Positive = 32
+    temperature: Annotated[Number, Field(ge=0)] = 0.0
+    top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0
+    batch_size: Positive = 32
+
+
+class DataSection(Section):
+    """What both models read. Lengths are in tokens; `student_shots` is drawn anew at each visit of an example."""
+
+    train: SourceSection
+    demonstrations: DemonstrationsSection = Field(default_factory=DemonstrationsSection)
+    student_shots: Shots = [0]
+    prompt: PromptSection = Field(default_factory=PromptSection)
+    answer: Literal["dataset", "teacher"] = "dataset"
+    generation: GenerationSection = Field(default_factory=GenerationSection)
+    max_length: Positive = 2048
+    teacher_max_length: Positive | None = None
+    too_long: Literal["raise", "drop"] = "raise"
+    whole_text: StrictBool = False
+    seed: int = 0
+
+
+class TermSection(BaseModel):
+    """One loss of the objective; every key besides `kind`, `weight` and `name` is an argument of the loss."""
+
+    model_config = ConfigDict(extra="allow")
+
+    kind: Text
+    weight: Annotated[Number, Field(ge=0)] = 1.0
+    name: Text | None = None
+
+
+class LossSection(Section):
+    """The objective: a weighted sum of losses, computed over `chunk_size` tokens at a time (by itself when null)."""
+
+    terms: Annotated[list[TermSection], Field(min_length=1)] = [TermSection(kind="forward_kl")]
+    chunk_size: Positive | None = None
+
+
+class ForgettingSection(SourceSection):
+    """Another task, asked before and after training, to see what was forgotten."""
+
+    size: Positive = 48
+    demonstrations: Count = 8
+    extract: Text | None = None
+
+
+class EvaluationSection(Section):
+    """k-shot accuracy before and after. Without `path` the items are held out of the training rows."""
+
+    path: Text | None = None
+    name: Text | None = None
+    split: Text = "test"
+    format: Text | None = None
+    columns: dict[str, Text] = {}
+    revision: Text | None = None
+    options: Options = {}
+    size: Positive = 48
+    shots: Shots = [0, 1, 8]
+    extract: Text = "text"
+    tolerance: Annotated[Number, Field(ge=0)] = 0.0
+    max_new_tokens: Positive = 16
+    batch_size: Positive = 48
+    reshuffle: StrictBool = False
+    seed: int = 0
+    gold_baseline: StrictBool = False
+    forgetting: list[ForgettingSection] = []
+
+
+class HubSection(Section):
+    """Whether the result is sent to the hub, and where to."""
+
+    push: StrictBool = False
+    repo_id: Text | None = None
+    private: StrictBool = True
+
+
+class Recipe(Section):
+    """A whole run in one file. `training` takes the fields of `DistillationConfig`, that is of `TrainingArguments`."""
+
+    student: StudentSection
+    teacher: TeacherSection
+    data: DataSection
+    loss: LossSection = Field(default_factory=LossSection)
+    evaluation: EvaluationSection | None = None
+    training: Options = {}
+    hub: HubSection = Field(default_factory=HubSection)
+
+    def resolved(self) -> dict[str, Any]:
+        """Every key with its value, defaults included, as plain data that can be written as JSON or YAML."""
+        return self.model_dump(mode="json")
