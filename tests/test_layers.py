@@ -23,9 +23,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("metrics", "record", "config", "student", "trainer"),
     ("eval", "card", "hub"),
     (
-        *("recipe", "recipe_source", "recipe_checks"),
+        *("recipe", "recipe_schema", "recipe_source", "recipe_checks"),
         *("build", "build_data", "build_models"),
-        *("run", "run_evaluation", "run_words"),
+        *("run", "run_evaluation", "run_progress", "run_words"),
         *("cli", "__main__"),
     ),
 )
