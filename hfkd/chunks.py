@@ -265,7 +265,7 @@ class _Buffers:
 
     def __init__(self, hidden: Tensor, head: Head, needed: Sequence[bool], parameters: Sequence[nn.Parameter]) -> None:
         wide_dtype = torch.promote_types(head.weight.dtype, torch.float32)
-        self.hidden = torch.zeros_like(hidden) if needed[0] else None
+        self.hidden = torch.zeros(hidden.shape, dtype=wide_dtype, device=hidden.device) if needed[0] else None
         self.weight = torch.zeros(head.weight.shape, dtype=wide_dtype, device=hidden.device) if needed[1] else None
         self.bias = torch.zeros(head.bias.shape, dtype=wide_dtype, device=hidden.device) if needed[2] else None
         self.parameters = [torch.zeros_like(parameter) for parameter in parameters]
@@ -298,7 +298,7 @@ class _GradientInForward(torch.autograd.Function):
         buffers = _Buffers(hidden, run.head, needed, parameters)
         with torch.autocast(hidden.device.type, enabled=False):
             sums = run.walk(hidden.detach(), buffers)
-        ctx.buffers, ctx.dtypes = buffers, (weight.dtype, None if bias is None else bias.dtype)
+        ctx.buffers, ctx.dtypes = buffers, (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         total = torch.stack([term.weight * value for term, value in zip(run.terms, sums, strict=True)]).sum()
         ctx.mark_non_differentiable(*sums)
         return total, *sums
@@ -310,9 +310,9 @@ class _GradientInForward(torch.autograd.Function):
                 "backward ran twice through one objective; its gradients were handed out already. Call the objective "
                 "again."
             )
-        buffers, (weight_dtype, bias_dtype), ctx.buffers = ctx.buffers, ctx.dtypes, None
+        buffers, ctx.buffers = ctx.buffers, None
         gradients = [buffers.hidden, buffers.weight, buffers.bias, *buffers.parameters]
-        dtypes = [None, weight_dtype, bias_dtype, *(None for _ in buffers.parameters)]
+        dtypes = [*ctx.dtypes, *(None for _ in buffers.parameters)]
         scaled = (None if one is None else one.mul_(grad_total.to(one.dtype)) for one in gradients)
         return None, *(
             one if one is None or dtype is None else one.to(dtype) for one, dtype in zip(scaled, dtypes, strict=True)

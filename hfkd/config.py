@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 RUN_POLICIES = ("refuse", "resume", "overwrite")
@@ -51,6 +52,8 @@ class DistillationConfig(TrainingArguments):
         if self.ddp_find_unused_parameters is None:
             # The objective reaches every parameter that learns; looking for others walks the graph at every step.
             self.ddp_find_unused_parameters = False
+        if not torch.cuda.is_available():
+            self.dataloader_pin_memory = False  # there is nothing to pin it for, and torch warns at every epoch
         self._refuse(
             self.remove_unused_columns, "remove_unused_columns is on; the columns of the teacher's view would be lost"
         )

@@ -7,6 +7,7 @@ that divides. How the rows are walked over is `hfkd.chunks`; which model or prom
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -151,9 +152,19 @@ def _as_terms(terms: str | Sequence[Term | Mapping[str, Any]]) -> list[Term]:
             options = dict(term)
             kind, weight, name = options.pop("kind"), options.pop("weight", 1.0), options.pop("name", None)
             cls = loss_class(kind)
-            term = Term(name or cls.key, cls(**options), float(weight))
+            term = Term(name or cls.key, _make_loss(cls, options), float(weight))
         made.append(term)
     return made
+
+
+def _make_loss(cls: type[TokenLoss], options: Mapping[str, Any]) -> TokenLoss:
+    known = list(inspect.signature(cls).parameters)
+    unknown = [name for name in options if name not in known]
+    if unknown and "kwargs" not in known:
+        near = get_close_matches(unknown[0], known, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise ValueError(f"{cls.key} has no setting {unknown[0]!r}.{hint} It has: {', '.join(known) or 'none'}.")
+    return cls(**options)
 
 
 def _check_terms(terms: Sequence[Term], chunk_size: int | None) -> None:

@@ -36,6 +36,7 @@ from hfkd.record import RunRecord, checkpoints, clear_output_folder, mask, rows_
 from hfkd.rollout.answers import teacher_answers
 from hfkd.rollout.hf import HFRollout
 from hfkd.run_evaluation import ask, movable, plain_results
+from hfkd.run_progress import training_bar
 from hfkd.run_words import plan_lines, summary_lines
 from hfkd.trainer import DistillationTrainer
 
@@ -131,7 +132,7 @@ class _Conductor:
         self._count(trainer.train_dataset)
         self.trains = True
         self._write_record()
-        with self._clock("training"):
+        with self._clock("training"), training_bar(trainer, self.console, "Training"):
             outcome = trainer.train(resume_from_checkpoint=_last_checkpoint(run))
         self.record.metrics = {key: value for key, value in outcome.metrics.items() if isinstance(value, int | float)}
         self.record.teacher = run.teacher.describe() if run.teacher is not None else {"kind": "none"}
@@ -238,7 +239,8 @@ class _Conductor:
         config = make_config(self.recipe, **changes)
         model = load_student(self.recipe, seed=run.config.seed)
         trainer = make_trainer(run, rows, model, None, build_objective("cross_entropy"), config)
-        trainer.train()
+        with training_bar(trainer, self.console, "Fine-tuning on gold, for comparison"):
+            trainer.train()
         self._evaluate("gold", trainer.accelerator.unwrap_model(trainer.model))
         folder = Path(config.output_dir)
         if self.first and folder.is_dir() and not any(folder.iterdir()):

@@ -119,8 +119,10 @@ class TokenChunk:
         logits = self._student_logits if temperature == 1.0 else self._student_logits / temperature
         normaliser = logits.logsumexp(dim=-1, keepdim=True)
         head = logits.gather(-1, teacher.ids) - normaliser
-        tail = logits.scatter(-1, teacher.ids, LOWEST).logsumexp(dim=-1, keepdim=True) - normaliser
         known = wide(teacher.log_probs).clamp(min=LOWEST)
+        if teacher.ids.shape[-1] == teacher.vocab_size:
+            return head, known  # nothing is left for a tail, and rounding must not be taken for mass
+        tail = logits.scatter(-1, teacher.ids, LOWEST).logsumexp(dim=-1, keepdim=True) - normaliser
         rest = torch.log1p(-known.logsumexp(dim=-1, keepdim=True).exp().clamp(max=1.0)).clamp(min=LOWEST)
         return torch.cat([head, tail], dim=-1), torch.cat([known, rest], dim=-1)
 

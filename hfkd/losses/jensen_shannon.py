@@ -34,8 +34,9 @@ class JensenShannon(Divergence):
         where its scale jumps.
     Example:
         >>> import torch
-        >>> JensenShannon().between(torch.tensor([[1.0, 1e-9]]).log(), torch.tensor([[1e-9,
-        1.0]]).log()).round(decimals=4) tensor([0.6931])
+        >>> student, teacher = torch.tensor([[1.0, 1e-9]]).log(), torch.tensor([[1e-9, 1.0]]).log()
+        >>> round(JensenShannon().between(student, teacher).item(), 4)
+        0.6931
     """
 
     def __init__(

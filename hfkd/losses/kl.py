@@ -33,8 +33,9 @@ class ForwardKL(Divergence):
         Hinton, Vinyals and Dean, 2015, https://arxiv.org/abs/1503.02531.
     Example:
         >>> import torch
-        >>> ForwardKL().between(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.9, 0.1]]).log()).round(decimals=4)
-        tensor([0.3681])
+        >>> student, teacher = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.9, 0.1]]).log()
+        >>> round(ForwardKL().between(student, teacher).item(), 4)
+        0.3681
     """
 
     def between(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -61,8 +62,9 @@ class ReverseKL(Divergence):
         Gu et al. (MiniLLM), 2023, https://arxiv.org/abs/2306.08543, use it on the student's own text.
     Example:
         >>> import torch
-        >>> ReverseKL().between(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.9, 0.1]]).log()).round(decimals=4)
-        tensor([0.5108])
+        >>> student, teacher = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.9, 0.1]]).log()
+        >>> round(ReverseKL().between(student, teacher).item(), 4)
+        0.5108
     """
 
     def between(self, student: Tensor, teacher: Tensor) -> Tensor:

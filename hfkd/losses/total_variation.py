@@ -25,8 +25,9 @@ class TotalVariation(Divergence):
         Wen et al. (f-distillation), 2023, https://arxiv.org/abs/2307.15190.
     Example:
         >>> import torch
-        >>> TotalVariation().between(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.9,
-        0.1]]).log()).round(decimals=4) tensor([0.4000])
+        >>> student, teacher = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.9, 0.1]]).log()
+        >>> round(TotalVariation().between(student, teacher).item(), 4)
+        0.4
     """
 
     def between(self, student: Tensor, teacher: Tensor) -> Tensor:

@@ -104,9 +104,8 @@ class LocalTeacher(ModelTeacher):
         shared = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
         # Pickled weights can run code when they are read; a GGUF file is neither pickle nor safetensors.
         safe = {} if "gguf_file" in self.load_kwargs else {"use_safetensors": True}
-        self.model = AutoModelForCausalLM.from_pretrained(
-            self.name, dtype=self.dtype, **shared, **safe, **self.load_kwargs
-        )
+        options = {"dtype": self.dtype, **shared, **safe, **self.load_kwargs}
+        self.model = AutoModelForCausalLM.from_pretrained(self.name, **options)
         if self.tokenizer is None:
             files = {key: self.load_kwargs[key] for key in ("gguf_file", "subfolder") if key in self.load_kwargs}
             self.tokenizer = AutoTokenizer.from_pretrained(self.name, **shared, **files)
