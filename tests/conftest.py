@@ -28,7 +28,7 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer(vocab_size: int = 384) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer in the manner of SmolLM2: pad = eos = <|im_end|>, bos = <|im_start|>, no BOS added to texts."""
+    """A byte-level BPE tokenizer like SmolLM2's: pad = eos = <|im_end|>, no BOS added to texts."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -98,7 +98,12 @@ def no_outside_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def guarded(self: socket.socket, address):
         host = address[0] if isinstance(address, tuple) else ""
-        if self.family in (socket.AF_INET, socket.AF_INET6) and host not in ("127.0.0.1", "::1", "localhost", "0.0.0.0"):
+        if self.family in (socket.AF_INET, socket.AF_INET6) and host not in (
+            "127.0.0.1",
+            "::1",
+            "localhost",
+            "0.0.0.0",
+        ):
             raise RuntimeError(f"a test tried to reach {address!r}; tests are offline")
         return connect(self, address)
 

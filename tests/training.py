@@ -12,7 +12,7 @@ from peft import LoraConfig
 
 from hfkd import DistillationConfig, DistillationTrainer, PromptStyle, SelfTeacher
 
-WORDS = "walk jump sing ring bake play open close paint move start carry talk dance laugh cook wash clean plant push".split()
+WORDS = "walk jump sing ring bake play open close paint move start carry talk dance laugh cook wash".split()
 ROWS = [{"prompt": word, "completion": word + "ed" * (1 + place % 3)} for place, word in enumerate(WORDS)]
 DEMONSTRATIONS = [{"prompt": f"verb{place}", "completion": f"verb{place}ed"} for place in range(4)]
 
