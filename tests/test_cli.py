@@ -12,7 +12,7 @@ import yaml
 from typer.testing import CliRunner
 
 import hfkd.run
-import hfkd.run_evaluation
+import hfkd.run.evaluation
 from hfkd.cli.main import app
 
 RECIPE = {
@@ -71,7 +71,7 @@ def test_evaluate_hands_over_its_options(recipe: str, monkeypatch: pytest.Monkey
     """An adapter that is named and not loaded gives the base model's figures under its name."""
     seen = {}
     monkeypatch.setattr(
-        hfkd.run_evaluation, "evaluate_recipe", lambda loaded, **options: seen.update(options, it=loaded)
+        hfkd.run.evaluation, "evaluate_recipe", lambda loaded, **options: seen.update(options, it=loaded)
     )
     assert call("evaluate", recipe, "evaluation.size=4", "--adapter", "out", "--json", "scores.json").code == 0
     assert seen["it"].evaluation.size == 4

@@ -23,9 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("metrics", "record", "config", "student", "trainer"),
     ("eval", "card", "hub"),
     (
-        *("recipe", "recipe_schema", "recipe_source", "recipe_checks"),
-        *("build", "build_data", "build_models"),
-        *("run", "run_evaluation", "run_progress", "run_words"),
+        *("recipe", "run"),
         *("cli", "__main__"),
     ),
 )

@@ -10,7 +10,7 @@ import yaml
 
 from hfkd.data.prompts import PromptStyle
 from hfkd.recipe import Recipe, RecipeError, load_recipe
-from hfkd.recipe_schema import PromptSection
+from hfkd.recipe.schema import PromptSection
 
 BASE = {
     "student": {"model": "org/small", "lora": {"r": 4}},

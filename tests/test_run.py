@@ -12,13 +12,13 @@ from conftest import make_model, make_tokenizer
 from huggingface_hub import ModelCard
 from rich.console import Console
 
-import hfkd.build
-from hfkd.build import build
+import hfkd.run.build
 from hfkd.errors import VocabularyError
 from hfkd.recipe import RecipeError, load_recipe
 from hfkd.record import OutputFolderError
 from hfkd.run import run_recipe
-from hfkd.run_evaluation import evaluate_recipe
+from hfkd.run.build import build
+from hfkd.run.evaluation import evaluate_recipe
 
 VERBS = ["walk", "talk", "jump", "look", "call", "ask", "work", "play", "help", "turn", "move", "live", "love", "use",
          "open", "close", "wash", "push", "pull", "cook"]  # fmt: skip
@@ -68,7 +68,7 @@ def refuse_models(monkeypatch: pytest.MonkeyPatch) -> None:
     def loaded(*_: object, **__: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(hfkd.build, "load_student", loaded)
+    monkeypatch.setattr(hfkd.run.build, "load_student", loaded)
 
 
 def test_a_whole_run(folder: Path) -> None:
@@ -276,7 +276,7 @@ def test_a_run_that_failed_in_training_says_so(folder: Path, monkeypatch: pytest
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr("hfkd.run.DistillationTrainer.train", broken)
+    monkeypatch.setattr("hfkd.run.conduct.DistillationTrainer.train", broken)
     with pytest.raises(RuntimeError, match="out of luck"):
         run("evaluation=null")
     assert json.loads((folder / "out" / "run.json").read_text())["status"] == "failed"

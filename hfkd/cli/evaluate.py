@@ -27,6 +27,6 @@ def evaluate(
 
         loaded = load_recipe(recipe, overrides or [])
 
-        from hfkd.run_evaluation import evaluate_recipe
+        from hfkd.run.evaluation import evaluate_recipe
 
         evaluate_recipe(loaded, adapter=adapter, json_path=json)

@@ -1,8 +1,9 @@
 """Reads a recipe: a YAML file and `section.key=value` overrides become a `Recipe`, or a `RecipeError` with all faults.
 
-Builds nothing: no model, no tokenizer and no data file is opened here (`hfkd.build` and `hfkd.run` do that). A path in
-`data` or `evaluation` that is relative is looked for beside the recipe first and then in the working directory; for a
-path given as an override it is the other way round. Output folders and models are relative to the working directory.
+Builds nothing: no model, no tokenizer and no data file is opened here (`hfkd.run.build` and `hfkd.run` do that). A
+path in `data` or `evaluation` that is relative is looked for beside the recipe first and then in the working
+directory; for a path given as an override it is the other way round. Output folders and models are relative to the
+working directory.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from hfkd.recipe_checks import find_faults
-from hfkd.recipe_schema import Recipe
-from hfkd.recipe_source import RecipeError, apply_overrides, explain, read_yaml, resolve_paths
+from hfkd.recipe.checks import find_faults
+from hfkd.recipe.schema import Recipe
+from hfkd.recipe.source import RecipeError, apply_overrides, explain, read_yaml, resolve_paths
 
 __all__ = ["Recipe", "RecipeError", "load_recipe"]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from hfkd.data.load import Source, load_rows
 from hfkd.data.select import check_leakage, split_rows, visited
-from hfkd.recipe_schema import DemonstrationsSection, EvaluationSection, ForgettingSection, Recipe
+from hfkd.recipe.schema import DemonstrationsSection, EvaluationSection, ForgettingSection, Recipe
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import pickle
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from hfkd.recipe_schema import Recipe, StudentSection, TeacherSection
+from hfkd.recipe.schema import Recipe, StudentSection, TeacherSection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from hfkd.build import Run, build_for_evaluation
-from hfkd.build_data import Task
 from hfkd.eval.k_shot import KShotReport, evaluate_k_shot
-from hfkd.recipe_schema import Recipe
+from hfkd.recipe.schema import Recipe
 from hfkd.record import mask, write_json
+from hfkd.run.build import Run, build_for_evaluation
+from hfkd.run.rows import Task
 
 if TYPE_CHECKING:
     from torch import nn

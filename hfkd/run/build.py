@@ -10,8 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfkd.build_data import Rows, Task, load_data
-from hfkd.build_models import (
+from hfkd.config import DistillationConfig
+from hfkd.data.load import Source
+from hfkd.data.prompts import PromptBuilder, PromptStyle
+from hfkd.objective import Objective, build_objective
+from hfkd.recipe.checks import needs_faults, term_specs
+from hfkd.recipe.schema import Recipe
+from hfkd.recipe.source import RecipeError
+from hfkd.record import check_output_folder, recipe_fingerprint
+from hfkd.rollout.base import GenerationSettings
+from hfkd.run.models import (
     import_named,
     load_student,
     load_tokenizer,
@@ -20,15 +28,7 @@ from hfkd.build_models import (
     prepare_teacher,
     readable,
 )
-from hfkd.config import DistillationConfig
-from hfkd.data.load import Source
-from hfkd.data.prompts import PromptBuilder, PromptStyle
-from hfkd.objective import Objective, build_objective
-from hfkd.recipe_checks import needs_faults, term_specs
-from hfkd.recipe_schema import Recipe
-from hfkd.recipe_source import RecipeError
-from hfkd.record import check_output_folder, recipe_fingerprint
-from hfkd.rollout.base import GenerationSettings
+from hfkd.run.rows import Rows, Task, load_data
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

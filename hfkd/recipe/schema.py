@@ -1,6 +1,6 @@
 """The schema of a recipe: every key that a YAML recipe may have, with its type, its limits and its default.
 
-Says what a key may hold by itself; which keys go together is `hfkd.recipe_checks`, and `hfkd.recipe` reads the file.
+Says what a key may hold by itself; which keys go together is `hfkd.recipe.checks`, and `hfkd.recipe` reads the file.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Runs a recipe: k-shot before, the teacher's answers, training, k-shot after, the comparisons, and what is written.
 
 Every process takes part in each model pass, so that sharded models work; the first one alone prints and writes. What
-the objects are and how they are made is `hfkd.build`; how the results read is `hfkd.eval.report` and `hfkd.card`.
+the objects are and how they are made is `hfkd.run.build`; how the results read is `hfkd.eval.report` and `hfkd.card`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,6 @@ import yaml
 from accelerate import PartialState
 from rich.console import Console
 
-from hfkd.build import Run, build, make_config
-from hfkd.build_data import Task
-from hfkd.build_models import load_student
 from hfkd.card import build_card
 from hfkd.data.collate import DistillationCollator
 from hfkd.data.select import visited
@@ -31,13 +28,16 @@ from hfkd.errors import NothingToLearn
 from hfkd.eval.k_shot import KShotReport
 from hfkd.eval.report import plot_run, write_report
 from hfkd.objective import Objective, build_objective
-from hfkd.recipe_schema import Recipe
+from hfkd.recipe.schema import Recipe
 from hfkd.record import RunRecord, checkpoints, clear_output_folder, mask, rows_fingerprint, safe_command
 from hfkd.rollout.answers import teacher_answers
 from hfkd.rollout.hf import HFRollout
-from hfkd.run_evaluation import ask, movable, plain_results
-from hfkd.run_progress import training_bar
-from hfkd.run_words import plan_lines, summary_lines
+from hfkd.run.build import Run, build, make_config
+from hfkd.run.evaluation import ask, movable, plain_results
+from hfkd.run.models import load_student
+from hfkd.run.progress import training_bar
+from hfkd.run.rows import Task
+from hfkd.run.words import plan_lines, summary_lines
 from hfkd.trainer import DistillationTrainer
 
 if TYPE_CHECKING:

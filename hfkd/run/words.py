@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hfkd.build import Run
+    from hfkd.run.build import Run
 
 
 def plan_lines(run: Run) -> list[str]:

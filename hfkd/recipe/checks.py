@@ -1,8 +1,8 @@
 """What a recipe must not ask for: combinations of keys that can't work, each found before a model is loaded.
 
-Reads a validated `Recipe` and gives one line per fault. Classes of the user's own are not imported here (`hfkd.build`
-does that), so what depends on them is checked when the run is built; what depends on the rows is checked when they
-are seen.
+Reads a validated `Recipe` and gives one line per fault. Classes of the user's own are not imported here
+(`hfkd.run.build` does that), so what depends on them is checked when the run is built; what depends on the rows is
+checked when they are seen.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import typing
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from hfkd.recipe_schema import Recipe, SourceSection
-from hfkd.recipe_source import near, shown
+from hfkd.recipe.schema import Recipe, SourceSection
+from hfkd.recipe.source import near, shown
 
 _OWN_CLASS = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
 _TEACHERS = ("self", "local", "none")
