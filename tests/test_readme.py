@@ -1,0 +1,291 @@
+"""What the pages say: their code runs, their recipes parse, their commands, links, tables and trees are true."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from conftest import make_model, make_tokenizer
+from test_layers import LAYER_OF
+from training import make_trainer
+from typer.main import get_command
+
+from hfkd import DistillationTrainer, Source, Teacher, TokenLoss, load_rows
+from hfkd.cli.main import app
+from hfkd.config import DistillationConfig
+from hfkd.losses import LOSSES
+from hfkd.recipe import load_recipe
+from hfkd.run.build import build
+from hfkd.support import TokenChunk
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNNABLE = ("README.md", "docs/write_your_own.md", "docs/data.md")
+PAGES = (*RUNNABLE, "docs/architecture.md", "CONTRIBUTING.md", *("recipes/" + name for name in
+         ("README.md", "secokd/README.md", "accelerate/README.md")))  # fmt: skip
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+MODELS = ("HuggingFaceTB/SmolLM2-135M-Instruct", "HuggingFaceTB/SmolLM2-360M-Instruct")
+
+
+class Block(NamedTuple):
+    """A fenced block: the page, its first line there, its text, and the file it is meant for, if it names one."""
+
+    page: str
+    line: int
+    text: str
+    file: str | None
+
+
+def blocks(language: str, pages: tuple[str, ...] = RUNNABLE) -> list[Block]:
+    """The fenced blocks of a language, in order."""
+    made = []
+    for page in pages:
+        text = (ROOT / page).read_text("utf-8")
+        for found in FENCE.finditer(text):
+            if found[1] == language:
+                name = re.match(r"# (\w+\.py)\n", found[2])
+                made.append(Block(page, text.count("\n", 0, found.start()) + 2, found[2], name and name[1]))
+    return made
+
+
+def prose(page: str) -> str:
+    """A page without its fenced blocks."""
+    return FENCE.sub("", (ROOT / page).read_text("utf-8"))
+
+
+def ids(block: Block) -> str:
+    return f"{block.page}:{block.line}"
+
+
+@pytest.fixture
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A working folder as a reader's: the recipes, the files that the pages name, and tiny models under the names of
+    the hub.
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    for seed, name in enumerate(MODELS):
+        make_model(seed=seed).save_pretrained(name)
+        make_tokenizer().save_pretrained(name)
+    for block in blocks("python"):
+        if block.file:
+            Path(block.file).write_text(block.text, "utf-8")
+            monkeypatch.delitem(sys.modules, Path(block.file).stem, raising=False)
+    yield tmp_path
+    for block in blocks("python"):
+        sys.modules.pop(Path(block.file or "").stem, None)
+
+
+# --- code ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", blocks("python"), ids=ids)
+def test_python_blocks_run(desk, block):
+    """An example that fails is worse than none: it is the first thing that a reader copies."""
+    exec(compile(block.text, ids(block), "exec"), {"__name__": "__main__"})  # noqa: S102
+
+
+def own_classes(module: str, kind: type) -> list[type]:
+    """The classes of a kind that a file of the pages defines."""
+    found = vars(__import__(module)).values()
+    return [each for each in found if inspect.isclass(each) and issubclass(each, kind) and each.__module__ == module]
+
+
+def test_the_losses_of_the_pages_train(desk):
+    """A loss that can be imported may still not train: a wrong shape, no gradient, a parameter that never moves."""
+    classes = own_classes("my_losses", TokenLoss)
+    assert len(classes) == 5
+    for number, cls in enumerate(classes):
+        trainer = make_trainer(desk / str(number), objective=[cls()], max_steps=1)
+        parameters = [*trainer.objective.parameters()]
+        before = [value.detach().clone() for value in parameters]
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        assert len(losses) == 1 and math.isfinite(losses[0])
+        assert all(not torch.equal(old, new) for old, new in zip(before, parameters, strict=True))
+
+
+@pytest.mark.parametrize(
+    "module, options", [("my_teachers", {"vocab_size": 384}), ("my_snapshot", {"every": 1})], ids=["sparse", "model"]
+)
+def test_the_teachers_of_the_pages_teach(desk, module, options):
+    """A teacher whose rows don't fit the student's is found out in the first step, not when it is imported."""
+    (cls,) = own_classes(module, Teacher)
+    trainer = make_trainer(desk / "run", teacher=cls(**options), max_steps=2, learning_rate=0.1)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 2 and all(0 < loss < 100 for loss in losses)
+
+
+def test_the_example_of_the_readme_is_short_and_teaches_itself():
+    """What is advertised as twenty lines grows, and drops what it is about."""
+    example = next(block.text for block in blocks("python", ("README.md",)))
+    assert sum(bool(line.strip()) for line in example.splitlines()) <= 21
+    for part in ('teacher="self"', "peft_config=", "demonstrations=", "student_shots="):
+        assert part in example
+    own = next(block.text for block in blocks("python", ("README.md",)) if "Divergence)" in block.text)
+    assert sum(bool(line.strip()) for line in own.splitlines()) < 10
+    assert set(inspect.signature(DistillationTrainer).parameters) > {"demonstrations", "student_shots", "prompts"}
+    assert next(iter(inspect.signature(DistillationConfig).parameters)) == "output_dir"
+
+
+# --- recipes, rows, commands -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", blocks("yaml", PAGES), ids=ids)
+def test_yaml_blocks_are_recipes(desk, block):
+    """A key in a page that the schema doesn't know is an error on the reader's screen."""
+    Path("page.yaml").write_text(block.text, "utf-8")
+    run = build(load_recipe("page.yaml"), dry=True)
+    assert run.objective.terms
+
+
+@pytest.mark.parametrize("block", blocks("jsonl"), ids=ids)
+def test_jsonl_blocks_are_rows(desk, block):
+    """The shape of a row is copied from the page into a file of thousands."""
+    Path("page.jsonl").write_text(block.text, "utf-8")
+    assert len(load_rows(Source("page.jsonl"))) == len(block.text.splitlines())
+
+
+def command_lines(page: str) -> Iterator[list[str]]:
+    """The words of each line of the page's shell blocks."""
+    for block in blocks("bash", (page,)):
+        for line in block.text.replace("\\\n", " ").splitlines():
+            if words := shlex.split(line, comments=True):
+                yield words
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_are_understood(desk, page):
+    """Pages and command line change at different times; recipe, overrides and flags of a page must still be valid."""
+    known = get_command(app).commands
+    for words in command_lines(page):
+        words = [word for word in words if not re.match(r"[A-Z_]+=", word)]
+        if words[0] == "hfkd":
+            assert words[1] in known, f"{page}: {' '.join(words)}"
+            command, arguments = words[1], words[2:]
+        elif words[:2] == ["accelerate", "launch"]:
+            script = next(place for place, word in enumerate(words) if word.endswith(".py"))
+            assert (ROOT / words[script]).is_file()
+            assert all((ROOT / word).is_file() for word in words[:script] if word.endswith(".yaml"))
+            command, arguments = "train", words[script + 1 :]
+        else:
+            continue
+        flags = {flag for option in known[command].params for flag in option.opts}
+        assert {word for word in arguments if word.startswith("--")} <= flags, f"{page}: {' '.join(words)}"
+        overrides = [word for word in arguments if re.match(r"[a-z_.0-9]+=", word)]
+        load_recipe(arguments[0], overrides)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_named_commands_exist(page):
+    """A command that only the page has."""
+    text = (ROOT / page).read_text("utf-8")
+    code = "\n".join([found[2] for found in FENCE.finditer(text)] + re.findall(r"`([^`\n]+)`", prose(page)))
+    commands = set(re.findall(r"^hfkd ([a-z]\w*)", code, re.MULTILINE))
+    assert commands <= set(get_command(app).commands)
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+    assert set(re.findall(r"^make ([a-z-]+)", code, re.MULTILINE)) <= targets
+
+
+def test_the_readme_shows_the_ways_to_run():
+    """A way to run that the page no longer names is a way that nobody finds."""
+    lines = [" ".join(words) for words in command_lines("README.md")]
+    for start in ("make quickstart", "make test", "hfkd train", "hfkd evaluate", "accelerate launch", "pip install"):
+        assert any(line.startswith(start) for line in lines), start
+
+
+# --- links, tables, trees --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    """A link to a file that was renamed."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if not target.startswith(("http:", "https:", "#")):
+            assert (ROOT / page).parent.joinpath(target.partition("#")[0]).exists(), f"{page}: {target}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_named_tests_exist(page):
+    """A promise with a test that was renamed or deleted is a promise without a test."""
+    for file, name in re.findall(r"(tests/[\w/]+\.py)::(\w+)", (ROOT / page).read_text("utf-8")):
+        assert f"def {name}(" in (ROOT / file).read_text("utf-8"), f"{page}: {file}::{name}"
+
+
+def test_the_readme_stays_readable():
+    """A README grows until nobody reads it."""
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 250
+
+
+def loss_rows() -> dict[str, list[str]]:
+    """The table of losses: the cells behind each key."""
+    section = (ROOT / "README.md").read_text("utf-8").split("## Losses")[1].split("\n## ")[0]
+    found = (line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| `"))
+    return {cells[0].strip("`"): cells[1:] for cells in found}
+
+
+def test_the_table_of_losses_is_complete():
+    """A loss that isn't in the table is not found; one that is only in the table is looked for in vain."""
+    assert list(loss_rows()) == list(LOSSES)
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_the_table_of_losses_is_true(kind):
+    """Whoever sets a threshold reads in the table whether the loss ever becomes 0 and how large it gets."""
+    _, zero, bounded, paper = loss_rows()[kind]
+    options = {"alone": True} if kind == "sinkhorn" else {}
+    loss = LOSSES[kind](**options)
+    near, one, other = [[2.0, 1.0, 0.0], [2.0, 1.0, 0.5]], [[0.0, 80.0, 0.0]] * 2, [[80.0, 0.0, 0.0]] * 2
+
+    def value(of: TokenLoss, student: list[list[float]], teacher: list[list[float]]) -> float:
+        chunk = TokenChunk.from_logits(torch.tensor([0, 0]), torch.tensor(student), torch.tensor(teacher))
+        return float(of(chunk).abs().max())
+
+    same, apart = value(loss, near, near), value(loss, one, other)
+    if "debias" in zero:
+        assert value(LOSSES[kind](debias=True, **options), near, near) < 1e-5
+    assert (same < 1e-6) == (zero == "yes")
+    limits = {"no": math.inf, "log 2": math.log(2), "−log `skew`": -math.log(0.1), "1 (no nats)": 1, "2 (no nats)": 2}
+    limit = limits[bounded]
+    assert apart > 50 if limit == math.inf else apart == pytest.approx(limit, rel=1e-3)
+    link = re.findall(r"arxiv\.org/abs/[\d.]+", paper)[0]
+    assert link in re.sub(r"\s+", "", inspect.getdoc(LOSSES[kind]))
+
+
+def tree() -> tuple[dict[str, int], dict[str, str]]:
+    """The tree of the architecture page: the layer of each path below hfkd/, and what is said of it."""
+    text = (ROOT / "docs/architecture.md").read_text("utf-8").split("```\nhfkd/\n")[1].split("\nrecipes/")[0]
+    layer, folder, layers, words = -1, "", {}, {}
+    for line in text.splitlines():
+        found = re.match(r"(?P<indent> +)(?:(?P<layer>\d)  )?(?P<name>[\w.]+/?)(?P<words>.*)", line)
+        layer = int(found["layer"]) if found["layer"] else layer
+        column = found.start("name")
+        if column <= 5:
+            folder = found["name"] if found["name"].endswith("/") else ""
+        path = found["name"] if column <= 5 else folder + found["name"]
+        layers[path], words[path] = layer if column > 2 else -1, found["words"]
+    return layers, words
+
+
+def test_the_tree_is_the_tree():
+    """A map that lacks a file, or shows one that is gone, is not looked at a second time."""
+    layers, words = tree()
+    for path, layer in layers.items():
+        assert (ROOT / "hfkd" / path).exists(), path
+        unit = path.split("/")[0].removesuffix(".py").removesuffix(".md.jinja")
+        assert layer in (LAYER_OF.get(unit), -1), f"{path} is in layer {LAYER_OF.get(unit)}, the page says {layer}"
+    for file in (ROOT / "hfkd").rglob("*.*"):
+        path = file.relative_to(ROOT / "hfkd")
+        if "__pycache__" in path.parts or path.name == "__init__.py":
+            continue
+        told = path.as_posix() in layers or path.stem in re.findall(r"\w+", words.get(f"{path.parent}/", ""))
+        assert told, f"docs/architecture.md has no line for hfkd/{path}"
