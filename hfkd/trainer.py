@@ -24,6 +24,7 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput
 
 from hfkd.batch import Batch, predicted
+from hfkd.checkpoint import load_companions, save_companions
 from hfkd.config import DistillationConfig
 from hfkd.data.collate import DistillationCollator
 from hfkd.data.prompts import PromptBuilder, PromptStyle
@@ -36,8 +37,6 @@ from hfkd.rows import DenseRows, Head, RowLayout, decode, supervised
 from hfkd.signal import TeacherSignal
 from hfkd.student import check_head, make_student, pad_token
 from hfkd.teachers import Teacher, as_teacher, check_same_tokens, evaluating
-
-OBJECTIVE_FILE = "objective.safetensors"
 
 
 class DistillationTrainer(Trainer):
@@ -358,20 +357,11 @@ class DistillationTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
-        if state := self.objective.state_dict():
-            from safetensors.torch import save_file
-
-            save_file(
-                {name: value.contiguous().cpu() for name, value in state.items()},
-                _objective_file(output_dir or self.args.output_dir),
-            )
+        save_companions(output_dir or self.args.output_dir, self.objective, self.teacher)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.objective.state_dict():
-            from safetensors.torch import load_file
-
-            self.objective.load_state_dict(load_file(_objective_file(resume_from_checkpoint)))
+        load_companions(resume_from_checkpoint, self.objective, self.teacher)
 
 
 class _Steps(TrainerCallback):
@@ -394,7 +384,3 @@ class _Steps(TrainerCallback):
         """The student changed."""
         if self.trainer.teacher is not None:
             self.trainer.teacher.after_step(state.global_step)
-
-
-def _objective_file(folder: str) -> str:
-    return f"{folder}/{OBJECTIVE_FILE}"

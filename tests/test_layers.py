@@ -20,7 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("batch", "rows", "support", "signal", "distributed", "prefix", "errors"),
     ("losses", "chunks", "objective", "data", "cache"),
     ("teachers", "rollout"),
-    ("metrics", "record", "config", "student", "trainer"),
+    ("metrics", "record", "config", "student", "checkpoint", "trainer"),
     ("eval", "card", "hub"),
     (
         *("recipe", "run"),

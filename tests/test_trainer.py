@@ -182,6 +182,39 @@ def test_a_loss_of_ones_own_and_its_parameter(tmp_path):
     assert again.objective.losses[0].factor.item() == pytest.approx(factor)
 
 
+class Counting(SelfTeacher):
+    """A teacher with a state: the steps that it has seen."""
+
+    steps = 0
+
+    def after_step(self, step):
+        """Count."""
+        super().after_step(step)
+        self.steps += 1
+
+    def state_dict(self):
+        """The count."""
+        return {"steps": torch.tensor([self.steps])}
+
+    def load_state_dict(self, state):
+        """The count back."""
+        self.steps = int(state["steps"])
+
+
+def test_the_state_of_a_teacher_is_in_the_checkpoint(tmp_path):
+    """A teacher that moves (an average of the student, say) would begin again from nothing after a resume."""
+    settings = {"peft_config": lora(), "save_strategy": "steps", "save_steps": 2}
+    make_trainer(tmp_path, teacher=Counting(), **settings).train()
+    again = make_trainer(tmp_path, teacher=Counting(), **{**settings, "max_steps": 3})
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert again.teacher.steps == 3
+    (tmp_path / "checkpoint-2" / "teacher.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="teacher.safetensors"):
+        make_trainer(tmp_path, teacher=Counting(), **settings).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-2")
+        )
+
+
 def test_resumed_equals_straight(tmp_path):
     """A run that was stopped must continue, not begin again with other demonstrations or another order."""
     settings = {

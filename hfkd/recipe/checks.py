@@ -219,7 +219,7 @@ def _names(recipe: Recipe) -> Iterator[str]:
         sources += [("evaluation", recipe.evaluation), *others]
         extracts = [("evaluation", recipe.evaluation.extract), *((key, other.extract) for key, other in others)]
     for key, source in sources:
-        if source.format is not None and source.format not in FORMATS:
+        if source.format is not None and source.format not in FORMATS and ":" not in source.format:
             yield f"{key}.format: there is no format {_unknown(source.format, FORMATS)}"
     for key, name in extracts:
         if name is not None and name not in EXTRACTORS:

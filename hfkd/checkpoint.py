@@ -1,0 +1,56 @@
+"""What a checkpoint holds besides the student: the parameters of losses, and the state of a teacher that changes.
+
+Each is one safetensors file beside the student's, and there is none where there is nothing to keep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from hfkd.teachers import Teacher
+
+OBJECTIVE_FILE = "objective.safetensors"
+TEACHER_FILE = "teacher.safetensors"
+
+
+def save_companions(folder: str, objective: nn.Module, teacher: Teacher | None) -> None:
+    """Write what has a state.
+
+    Args:
+        folder: Of the checkpoint.
+        objective: Its losses may hold parameters.
+        teacher: May hold a state.
+    """
+    for name, owner in _owners(objective, teacher):
+        if state := owner.state_dict():
+            save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, Path(folder) / name)
+
+
+def load_companions(folder: str, objective: nn.Module, teacher: Teacher | None) -> None:
+    """Take back what `save_companions` wrote.
+
+    Raises:
+        FileNotFoundError: Something here has a state, but the checkpoint holds none: it was made with other parts.
+    """
+    for name, owner in _owners(objective, teacher):
+        if not owner.state_dict():
+            continue
+        file = Path(folder) / name
+        if not file.exists():
+            raise FileNotFoundError(
+                f"{folder} has no {name}, but {type(owner).__name__} has a state to restore. Resume with the "
+                f"objective and the teacher "
+                "that the checkpoint was made with, or start anew."
+            )
+        owner.load_state_dict(load_file(file))
+
+
+def _owners(objective: nn.Module, teacher: Teacher | None) -> Iterator[tuple[str, Any]]:
+    yield OBJECTIVE_FILE, objective
+    if teacher is not None:
+        yield TEACHER_FILE, teacher
