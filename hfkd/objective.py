@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -150,6 +151,8 @@ def _as_terms(terms: str | Sequence[Term | Mapping[str, Any]]) -> list[Term]:
             term = Term(term.key, term)
         if isinstance(term, Mapping):
             options = dict(term)
+            if "kind" not in options:
+                raise ValueError(f"The term {options} has no `kind`. Name the loss: one of {', '.join(LOSSES)}.")
             kind, weight, name = options.pop("kind"), options.pop("weight", 1.0), options.pop("name", None)
             cls = loss_class(kind)
             term = Term(name or cls.key, _make_loss(cls, options), float(weight))
@@ -158,9 +161,12 @@ def _as_terms(terms: str | Sequence[Term | Mapping[str, Any]]) -> list[Term]:
 
 
 def _make_loss(cls: type[TokenLoss], options: Mapping[str, Any]) -> TokenLoss:
-    known = list(inspect.signature(cls).parameters)
+    # Without an __init__ of its own a loss has nn.Module's, which seems to take everything.
+    bare = cls.__init__ is nn.Module.__init__
+    known = {} if bare else inspect.signature(cls).parameters
+    takes_all = any(one.kind is one.VAR_KEYWORD for one in known.values())
     unknown = [name for name in options if name not in known]
-    if unknown and "kwargs" not in known:
+    if unknown and not takes_all:
         near = get_close_matches(unknown[0], known, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise ValueError(f"{cls.key} has no setting {unknown[0]!r}.{hint} It has: {', '.join(known) or 'none'}.")
@@ -171,10 +177,9 @@ def _check_terms(terms: Sequence[Term], chunk_size: int | None) -> None:
     names = [term.name for term in terms]
     if len(set(names)) != len(names):
         raise ValueError(f"Two terms share a name: {names}. Give each its own with `name`.")
-    if not any(term.weight > 0 for term in terms) or any(term.weight < 0 for term in terms):
-        raise ValueError(
-            f"The weights are {[term.weight for term in terms]}; expected none below 0 and at least one above."
-        )
+    weights = [term.weight for term in terms]
+    if not any(weight > 0 for weight in weights) or not all(0 <= weight < math.inf for weight in weights):
+        raise ValueError(f"The weights are {weights}; expected finite numbers, none below 0 and at least one above.")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}; expected at least 1 row, or null to have it chosen.")
     company = [term for term in terms if term.weight > 0 and term.loss.may_stand_alone]
@@ -208,13 +213,17 @@ def _shared_vocabulary(
     """Cut both heads to the ids that both models score: padded vocabularies of one family differ in their tails
     only.
     """
-    if isinstance(teacher, DenseRows) and teacher.vocab_size != head.vocab_size:
-        shared = min(teacher.vocab_size, head.vocab_size)
-        if targets.numel() and int(targets.max()) >= shared:
-            raise VocabularyError(
-                f"The token id {int(targets.max())} is to be learned, but student and teacher share the first "
-                f"{shared} ids only "
-                f"(student {head.vocab_size}, teacher {teacher.vocab_size}). Use models with the same tokenizer."
-            )
+    if teacher is None or teacher.vocab_size == head.vocab_size:
+        return head, teacher
+    shared = min(teacher.vocab_size, head.vocab_size)
+    highest = int(targets.max()) if targets.numel() else 0
+    if isinstance(teacher, TopKRows) and teacher.ids.numel():
+        highest = max(highest, int(teacher.ids.max()))
+    if highest >= shared:
+        raise VocabularyError(
+            f"The token id {highest} is to be learned, but student and teacher share the first {shared} ids only "
+            f"(student {head.vocab_size}, teacher {teacher.vocab_size}). Use models with the same tokenizer."
+        )
+    if isinstance(teacher, DenseRows):
         return head.first(shared), DenseRows(teacher.hidden, teacher.head.first(shared))
-    return head, teacher
+    return head.first(shared), replace(teacher, vocab_size=shared)

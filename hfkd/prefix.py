@@ -18,7 +18,7 @@ from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWin
 
 from hfkd.batch import IGNORE, View
 from hfkd.errors import UnsupportedCache
-from hfkd.rows import decode
+from hfkd.rows import base_model_of, decode
 
 _EXPANDABLE = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
 
@@ -87,6 +87,12 @@ class SharedPrefix:
         return expanded
 
     def _run(self, model: PreTrainedModel) -> Cache:
+        if kinds := _length_dependent(model):
+            raise UnsupportedCache(
+                f"The rotary embedding of {type(model).__name__} is of type {sorted(kinds)}: its frequencies depend "
+                f"on the "
+                "length of the whole row, so a prefix that was run alone differs. Every prompt is run whole instead."
+            )
         device = next(model.parameters()).device
         ids = torch.tensor([self.ids], dtype=torch.long, device=device)
         with torch.no_grad():
@@ -94,7 +100,10 @@ class SharedPrefix:
         cache = getattr(output, "past_key_values", None)
         layers = getattr(cache, "layers", None)
         if not layers or not all(type(layer) in _EXPANDABLE for layer in layers):
-            kinds = sorted({type(layer).__name__ for layer in layers or []}) or [type(cache).__name__]
+            kinds = (
+                sorted({type(layer).__name__ for layer in layers or []})
+                or "no keys and values that a prefix could keep"
+            )
             raise UnsupportedCache(
                 f"The cache of {type(model).__name__} holds {kinds}; a shared prefix needs plain attention caches "
                 f"({[kind.__name__ for kind in _EXPANDABLE]}). Every prompt is run whole instead."
@@ -142,6 +151,14 @@ class SharedPrefix:
         mask = torch.cat([rest.attention_mask.new_ones(batch_size, len(self.ids)), rest.attention_mask], dim=-1)
         positions = rest.position_ids + len(self.ids)
         return decode(model, rest.input_ids, mask, positions, past=past, use_cache=True).last_hidden_state
+
+
+def _length_dependent(model: PreTrainedModel) -> set[str]:
+    """The types of rotary embedding in the configuration whose frequencies change with the length of the input."""
+    config = base_model_of(model).config.get_text_config()
+    rules = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    layers = [rules, *(value for value in rules.values() if isinstance(value, dict))]
+    return {str(layer.get("rope_type", layer.get("type"))) for layer in layers} & {"dynamic", "longrope"}
 
 
 def _expand(layer: DynamicLayer, batch_size: int) -> DynamicLayer:

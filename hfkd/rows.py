@@ -187,8 +187,10 @@ class Head:
         """
         ours, theirs = self.logits(hidden).float(), logits.float()
         tolerance = 1e-4 if logits.dtype == torch.float32 else 3e-2
-        worst = (ours - theirs).abs().max().item()
-        if ours.shape != theirs.shape or worst > tolerance * max(1.0, theirs.abs().max().item()):
+        same = ours.shape == theirs.shape
+        worst = (ours - theirs).abs().max().item() if same else float("inf")
+        # Written so that a difference that is not a number is refused too.
+        if not worst <= tolerance * max(1.0, theirs.abs().max().item()):
             raise HeadError(
                 f"The logits rebuilt from the output head differ from the model's own by {worst:.3g} (largest logit "
                 f"{theirs.abs().max().item():.3g}). Known are a bias, a scale (logit_scale, logits_scaling, "

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from hfkd.batch import Batch
 from hfkd.config import DistillationConfig
+from hfkd.loading import load_causal_lm
 from hfkd.rows import Head, decode
 
 
@@ -28,8 +29,7 @@ def make_student(model: Any, peft_config: Any, args: DistillationConfig) -> nn.M
         ValueError: The model has an adapter already.
     """
     if isinstance(model, str):
-        options = {"dtype": torch.float32, "use_safetensors": True, **(args.model_init_kwargs or {})}
-        model = AutoModelForCausalLM.from_pretrained(model, **options)
+        model = load_causal_lm(model, "the student", **{"dtype": torch.float32, **(args.model_init_kwargs or {})})
     if peft_config is None:
         return model
     if hasattr(model, "peft_config"):
@@ -64,4 +64,6 @@ def check_head(model: nn.Module, batch: Batch, tokens: int = 16) -> None:
     ids = view.input_ids[:1, first : first + min(tokens, length)]
     mask = torch.ones_like(ids)
     hidden = decode(model, ids, mask).last_hidden_state[0]
-    Head.of(model).check(hidden, model(input_ids=ids, attention_mask=mask).logits[0])
+    logits = model(input_ids=ids, attention_mask=mask).logits[0]
+    if bool(torch.isfinite(logits).all()):  # if not, the loss will be no number, and its error says more
+        Head.of(model).check(hidden, logits)

@@ -7,10 +7,15 @@ hands out log-probabilities in float32. It doesn't know where they come from or 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from hfkd.rows import LOWEST, TopKRows
+
+SMALLEST_TAIL = math.log(2.0**-24)
+"""The log-probability that a sparse teacher's tail has at least, because its float32 log-probabilities can't tell."""
 
 
 def wide(values: Tensor) -> Tensor:
@@ -97,6 +102,11 @@ class TokenChunk:
                 )
         return self._pairs[temperature]
 
+    @property
+    def sparse(self) -> bool:
+        """Whether each row has a support of its own (top-k ids), so that entries of two rows can't be compared."""
+        return isinstance(self._teacher, TopKRows)
+
     def agreement(self) -> Tensor | None:
         """The number of rows whose likeliest token is the teacher's likeliest, as a scalar; None without a teacher."""
         if self._teacher is None:
@@ -123,7 +133,8 @@ class TokenChunk:
         if teacher.ids.shape[-1] == teacher.vocab_size:
             return head, known  # nothing is left for a tail, and rounding must not be taken for mass
         tail = logits.scatter(-1, teacher.ids, LOWEST).logsumexp(dim=-1, keepdim=True) - normaliser
-        rest = torch.log1p(-known.logsumexp(dim=-1, keepdim=True).exp().clamp(max=1.0)).clamp(min=LOWEST)
+        # One minus a sum that is nearly one: below float32's resolution the tail's mass isn't known to be zero.
+        rest = torch.log1p(-known.logsumexp(dim=-1, keepdim=True).exp().clamp(max=1.0)).clamp(min=SMALLEST_TAIL)
         return torch.cat([head, tail], dim=-1), torch.cat([known, rest], dim=-1)
 
 

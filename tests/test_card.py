@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 
 from hfkd.card import FORMULAS, build_card
 from hfkd.losses import LOSSES
-from hfkd.recipe_schema import Recipe
+from hfkd.recipe.schema import Recipe
 
 
 def result(accuracy: float, verdict: str = "") -> dict:

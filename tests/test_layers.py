@@ -17,7 +17,7 @@ PACKAGE = "hfkd"
 
 # The one table of layers. A module or a package at the top of hfkd/ stands in exactly one line.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("batch", "rows", "support", "signal", "distributed", "prefix", "errors"),
+    ("batch", "rows", "support", "signal", "distributed", "prefix", "loading", "errors"),
     ("losses", "chunks", "objective", "data", "cache"),
     ("teachers", "rollout"),
     ("metrics", "record", "config", "student", "checkpoint", "trainer"),

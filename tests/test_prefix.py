@@ -283,11 +283,6 @@ def test_checkpointing_and_an_own_setting_do_not_take_the_cache_away():
     torch.testing.assert_close(reused(model, view, SharedPrefix(PREFIX)), expected, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="prefix.py doesn't ask for the RoPE type: a prefix below the original length is rotated with other "
-    "frequencies than the rows that reach beyond it",
-)
 @pytest.mark.parametrize("rope_type", ["longrope", "dynamic"])
 def test_positions_that_depend_on_the_length_are_not_reused(rope_type):
     """Prevents Phi-3 and its kin, whose frequencies change where a prompt outgrows the original context, from reading

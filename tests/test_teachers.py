@@ -155,10 +155,6 @@ def test_teaching_between_forward_and_backward_loses_no_gradient(accelerator):
     assert all(torch.equal(without[name], beside[name]) for name in without)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="self_teacher.py: PEFT's `disable_adapter` sets requires_grad on the whole active adapter on exit",
-)
 def test_a_frozen_part_of_the_adapter_stays_frozen(accelerator):
     """Prevents a part of the adapter that the user froze (LoRA-FA's A, say) from being trained after the first
     batch.
@@ -430,9 +426,6 @@ def test_a_truncated_file_is_an_error_that_says_so(accelerator, folder, tmp_path
             LocalTeacher(folder).prepare(accelerator, student())
 
 
-@pytest.mark.xfail(
-    strict=True, reason="local.py _load passes safetensors' error on as it is: it names neither the file nor the model"
-)
 def test_the_error_of_a_truncated_file_names_the_model(accelerator, folder, tmp_path):
     """Prevents a search for the broken file among all that a run reads."""
     file = tmp_path / "model.safetensors"
@@ -442,9 +435,6 @@ def test_the_error_of_a_truncated_file_names_the_model(accelerator, folder, tmp_
     assert folder in str(caught.value)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="local.py _load: `from_pretrained` fills what is missing at random and only warns"
-)
 def test_missing_weights_do_not_become_random_ones(accelerator, folder, tmp_path):
     """Prevents a file that lacks a layer from being filled with random weights under a mere warning."""
     from safetensors.torch import load_file, save_file
@@ -474,9 +464,6 @@ def test_a_loaded_model_is_taken_as_it_is(accelerator, model):
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-@pytest.mark.xfail(
-    strict=True, reason="local.py prepare freezes the model it is given, also where that is the student itself"
-)
 def test_a_student_given_as_its_own_teacher_is_not_frozen(accelerator, model):
     """Prevents a student from losing all its gradients because the same object was passed as the teacher."""
     try:

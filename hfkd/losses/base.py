@@ -57,8 +57,10 @@ class TokenLoss(nn.Module, ABC):
         return {}
 
     def describe(self) -> dict[str, Any]:
-        """The recipe form: `kind` and the settings."""
-        return {"kind": self.key, **self.settings()}
+        """The recipe form: `kind` (package.module:Class for a loss from elsewhere) and the settings."""
+        cls = type(self)
+        own = not cls.__module__.startswith("hfkd.losses")
+        return {"kind": f"{cls.__module__}:{cls.__qualname__}" if own else cls.key, **self.settings()}
 
 
 class Divergence(TokenLoss):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hfkd.losses.base import Divergence
 from hfkd.rows import RowLayout
+from hfkd.support import TokenChunk
 
 _MODES = ("tokens", "sequence", "batch")
 
@@ -92,6 +93,20 @@ class Sinkhorn(Divergence):
         if self.mode == "batch":
             return layout.position
         return torch.arange(len(layout), device=layout.sequence.device) // self.group_size
+
+    def forward(self, chunk: TokenChunk) -> Tensor:
+        """Return [n], each row's share of the transport cost.
+
+        Raises:
+            ValueError: The teacher's rows are sparse; their supports differ from row to row.
+        """
+        if chunk.sparse:
+            raise ValueError(
+                f"{self.key} compares rows with each other, but the teacher gave top-k rows, whose ids differ from "
+                f"row "
+                "to row. Use a teacher with whole distributions, or a loss that reads each row alone."
+            )
+        return super().forward(chunk)
 
     def between(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Return [n], each student row's share of the transport cost; the n rows are one group."""

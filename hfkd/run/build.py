@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hfkd.config import DistillationConfig
 from hfkd.data.load import Source
 from hfkd.data.prompts import PromptBuilder, PromptStyle
+from hfkd.loading import readable
 from hfkd.objective import Objective, build_objective
 from hfkd.recipe.checks import needs_faults, term_specs
 from hfkd.recipe.schema import Recipe
@@ -26,7 +27,6 @@ from hfkd.run.models import (
     make_teacher,
     own_teacher,
     prepare_teacher,
-    readable,
 )
 from hfkd.run.rows import Rows, Task, load_data
 

@@ -6,8 +6,6 @@ Knows how a damaged file shows itself and says so in one sentence; it doesn't kn
 from __future__ import annotations
 
 import importlib
-import pickle
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from hfkd.recipe.schema import Recipe, StudentSection, TeacherSection
@@ -47,6 +45,8 @@ def load_tokenizer(section: StudentSection | TeacherSection) -> PreTrainedTokeni
     """
     from transformers import AutoTokenizer
 
+    from hfkd.loading import readable
+
     located = {key: value for key, value in section.load_kwargs.items() if key in _TOKENIZER_KWARGS}
     located.update(revision=section.revision, trust_remote_code=section.trust_remote_code)
     what = f"the tokenizer of {'teacher' if isinstance(section, TeacherSection) else 'student'}.model {section.model}"
@@ -62,23 +62,15 @@ def load_student(recipe: Recipe, seed: int) -> PreTrainedModel:
     Raises:
         OSError: The model can't be found, or a file of it is truncated or damaged.
     """
-    from transformers import AutoModelForCausalLM, set_seed
+    from transformers import set_seed
+
+    from hfkd.loading import load_causal_lm
 
     student = recipe.student
     settings = {"revision": student.revision, "dtype": student.dtype, "trust_remote_code": student.trust_remote_code}
     if student.attn_implementation is not None:
         settings["attn_implementation"] = student.attn_implementation
-    if "gguf_file" not in student.load_kwargs:  # pickled weights can run code when they are read
-        settings["use_safetensors"] = True
-    settings.update(student.load_kwargs, output_loading_info=True)
-    what = f"student.model {student.model}"
-    model, info = readable(lambda: AutoModelForCausalLM.from_pretrained(student.model, **settings), what)
-    missing = sorted(info.get("missing_keys") or [])
-    if missing:
-        raise OSError(
-            f"{what} lacks {len(missing)} of its weights, {missing[0]} among them, which would be random numbers; its "
-            "files are incomplete, or they are of another architecture"
-        )
+    model = load_causal_lm(student.model, "student.model", **{**settings, **student.load_kwargs})
     if student.lora is None:
         return model
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
@@ -98,27 +90,6 @@ def load_student(recipe: Recipe, seed: int) -> PreTrainedModel:
             task_type="CAUSAL_LM",
         ),
     )
-
-
-def readable(load: Callable[[], Any], what: str) -> Any:
-    """What `load` gives; its many ways to fail on a damaged file become one sentence with the remedy.
-
-    Raises:
-        OSError: A file is missing, truncated or damaged; `what` names it.
-    """
-    import torch
-    from safetensors import SafetensorError
-
-    try:
-        return load()
-    except torch.OutOfMemoryError:
-        raise
-    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise OSError(
-            f"{what} can't be read: {error}. A file is probably truncated or damaged; delete it and fetch it anew"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise OSError(f"{what} can't be loaded: {error}") from error
 
 
 def prepare_teacher(
@@ -150,7 +121,7 @@ def prepare_teacher(
     teacher.tokenizer = load_tokenizer(recipe.teacher)
     if compares:
         check_same_tokens(tokenizer, teacher.tokenizer)
-    readable(lambda: teacher.prepare(PartialState(), student), f"teacher.model {teacher.name}")
+    teacher.prepare(PartialState(), student)
 
 
 def make_teacher(recipe: Recipe) -> Teacher | None:

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hfkd.batch import Batch, View
 from hfkd.errors import UnsupportedCache
+from hfkd.loading import load_causal_lm
 from hfkd.prefix import SharedPrefix
-from hfkd.rows import DenseRows, Head, decode, supervised
+from hfkd.rows import DenseRows, Head, base_model_of, decode, supervised
 from hfkd.signal import TeacherSignal
 from hfkd.teachers.base import Teacher, evaluating
 
@@ -96,16 +97,18 @@ class LocalTeacher(ModelTeacher):
         """Load the model if it was given by name, freeze it and put it on the student's device."""
         if self.model is None:
             self._load()
+        if base_model_of(self.model) is base_model_of(student):
+            raise ValueError(
+                "The teacher is the student itself, and freezing it would stop the student from learning. Take "
+                "SelfTeacher for the same weights behind another prompt, or load the model twice."
+            )
         self.model.requires_grad_(False).eval()
         if not getattr(self.model, "hf_device_map", None) and not getattr(self.model, "is_quantized", False):
             self.model.to(accelerator.device)
 
     def _load(self) -> None:
         shared = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
-        # Pickled weights can run code when they are read; a GGUF file is neither pickle nor safetensors.
-        safe = {} if "gguf_file" in self.load_kwargs else {"use_safetensors": True}
-        options = {"dtype": self.dtype, **shared, **safe, **self.load_kwargs}
-        self.model = AutoModelForCausalLM.from_pretrained(self.name, **options)
+        self.model = load_causal_lm(self.name, "the teacher", **{"dtype": self.dtype, **shared, **self.load_kwargs})
         if self.tokenizer is None:
             files = {key: self.load_kwargs[key] for key in ("gguf_file", "subfolder") if key in self.load_kwargs}
             self.tokenizer = AutoTokenizer.from_pretrained(self.name, **shared, **files)

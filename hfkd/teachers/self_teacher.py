@@ -61,7 +61,7 @@ class SelfTeacher(ModelTeacher):
             raise RuntimeError(
                 "The self-teacher doesn't know its student yet: call `prepare` first (the trainer does)."
             )
-        off = self._model.disable_adapter() if self.kind == "adapter_off" else nullcontext()
+        off = _switched_off(self._model) if self.kind == "adapter_off" else nullcontext()
         with evaluating(self._model), off:
             yield self._model
 
@@ -73,3 +73,17 @@ class SelfTeacher(ModelTeacher):
     def describe(self) -> dict[str, Any]:
         """Which weights teach."""
         return {"kind": "self", "weights": self.kind, "reuse_prefix": self.reuse_prefix}
+
+
+@contextmanager
+def _switched_off(model: nn.Module) -> Iterator[None]:
+    """PEFT's own context; it leaves every parameter of the active adapter learning, so what was frozen is frozen
+    again.
+    """
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)

@@ -14,7 +14,7 @@ import torch
 from reference import REFERENCES, DenseTerm, dense_objective, rounded_to
 from torch import Tensor
 
-from hfkd.losses import LOSSES, Divergence
+from hfkd.losses import LOSSES, Divergence, TokenLoss
 from hfkd.objective import build_objective
 from hfkd.rows import DenseRows, Head
 from hfkd.signal import TeacherSignal
@@ -39,6 +39,11 @@ NOT_IN_THE_REFERENCE = ("alone", "group_size", "mode")
 CASES = [(kind, arguments) for kind in LOSSES for arguments in ARGUMENTS.get(kind, [{}])]
 CASE_IDS = [f"{kind}-{'-'.join(f'{k}={v}' for k, v in arguments.items()) or 'default'}" for kind, arguments in CASES]
 every_case = pytest.mark.parametrize(("kind", "arguments"), CASES, ids=CASE_IDS)
+# Losses that compare rows with each other refuse rows with a support of their own (another test says so).
+ROW_BY_ROW = [place for place, (kind, _) in enumerate(CASES) if LOSSES[kind].groups is TokenLoss.groups]
+every_row_by_row_case = pytest.mark.parametrize(
+    ("kind", "arguments"), [CASES[place] for place in ROW_BY_ROW], ids=[CASE_IDS[place] for place in ROW_BY_ROW]
+)
 every_loss = pytest.mark.parametrize("kind", list(LOSSES))
 both_temperatures = pytest.mark.parametrize("temperature", [1.0, 2.0])
 

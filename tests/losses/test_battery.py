@@ -20,6 +20,7 @@ from battery import (
     both_temperatures,
     every_case,
     every_loss,
+    every_row_by_row_case,
     has_temperature,
     logits_case,
     reference_value,
@@ -212,7 +213,7 @@ def test_settings_rebuild_the_loss(kind, arguments):
     assert all(loss.settings()[name] == value for name, value in arguments.items())
 
 
-@every_case
+@every_row_by_row_case
 @both_temperatures
 @pytest.mark.parametrize("kept", [6, VOCABULARY], ids=["top 6", "all"])
 def test_sparse_teacher_is_measured_with_its_tail(kind, arguments, temperature, kept):

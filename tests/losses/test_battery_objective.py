@@ -16,6 +16,7 @@ from battery import (
     assert_near,
     both_temperatures,
     every_case,
+    every_row_by_row_case,
     only,
     with_temperature,
 )
@@ -75,7 +76,7 @@ def test_reading_a_chunk_in_blocks_changes_nothing(kind, arguments, monkeypatch)
             assert_near(ours, theirs, 1e-5)
 
 
-@every_case
+@every_row_by_row_case
 def test_sparse_teacher_reaches_the_objective_row_by_row(kind, arguments, monkeypatch):
     """Prevents cached rows that meet the tokens of another chunk or block."""
     world = World()
