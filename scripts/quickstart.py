@@ -169,6 +169,9 @@ def main(
         from hfkd.recipe import load_recipe
 
         recipe = load_recipe(RECIPE, changes)  # a wrong override should not wait for the model
+        from hfkd.cli.quiet import quiet_libraries
+
+        quiet_libraries()
         model_folder()
         from hfkd.run import run_recipe
 

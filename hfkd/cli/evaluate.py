@@ -27,6 +27,8 @@ def evaluate(
 
         loaded = load_recipe(recipe, overrides or [])
 
+        from hfkd.cli.quiet import quiet_libraries
         from hfkd.run.evaluation import evaluate_recipe
 
+        quiet_libraries()
         evaluate_recipe(loaded, adapter=adapter, json_path=json)

@@ -27,8 +27,10 @@ def train(
 
         loaded = load_recipe(recipe, [*(overrides or []), *policy])
 
+        from hfkd.cli.quiet import quiet_libraries
         from hfkd.run import run_recipe
 
+        quiet_libraries()
         run_recipe(loaded, command=sys.argv)
 
 

@@ -37,7 +37,7 @@ from hfkd.run.evaluation import ask, movable, plain_results
 from hfkd.run.models import load_student
 from hfkd.run.progress import training_bar
 from hfkd.run.rows import Task
-from hfkd.run.words import plan_lines, summary_lines
+from hfkd.run.words import accuracies_line, comparison_tables, plan_lines, summary_lines
 from hfkd.trainer import DistillationTrainer
 
 if TYPE_CHECKING:
@@ -225,7 +225,7 @@ class _Conductor:
 
     def _ask(self, model: nn.Module, task: Task, words: str) -> KShotReport:
         report = ask(self.run, model, task, f"k-shot {words}" if self.first else None)
-        self.console.print(report.table(f"{task.name}: {words}"))
+        self.console.print(f"{words}: {accuracies_line(plain_results(report))}", markup=False, highlight=False)
         return report
 
     def _gold_baseline(self, rows: list[dict[str, Any]]) -> None:
@@ -276,8 +276,11 @@ class _Conductor:
             (folder / "README.md").write_text(build_card(record, report), encoding="utf-8")
             if self.recipe.hub.push:
                 push(self.recipe, folder)
+        for table in comparison_tables(report):
+            self.console.print()
+            self.console.print(table)
         for line in summary_lines(folder, report):
-            self.console.print(line, highlight=False)
+            self.console.print(line, markup=False, highlight=False)
         return RunResult(folder, report, self.record)
 
     def _write_record(self) -> None:

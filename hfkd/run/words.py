@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.table import Table
+
 if TYPE_CHECKING:
     from hfkd.run.build import Run
 
@@ -83,6 +85,47 @@ def _evaluation(run: Run) -> str:
     return words
 
 
+def accuracies_line(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """The accuracies of one evaluation in one line."""
+    return ", ".join(f"{shots}-shot {_accuracy(result)}" for shots, result in results.items())
+
+
+def comparison_tables(report: Mapping[str, Any]) -> list[Table]:
+    """One table per task: each number of demonstrations a line, before and after and the baselines side by side."""
+    tasks = [("Accuracy on held-out items", report.get("k_shot_details", {}))]
+    tasks += [(f"Not trained: {other['task']}", other["details"]) for other in report.get("forgetting", [])]
+    return [_comparison(title, stages) for title, stages in tasks if stages]
+
+
+_STAGES = {"before": "Before", "after": "After", "gold": "Gold labels,\nsame budget", "teacher": "Teacher"}
+
+
+def _comparison(title: str, stages: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table:
+    some = next(iter(stages.values()))
+    table = Table(title=f"{title} ({next(iter(some.values()))['items']})")
+    table.add_column("Shots", justify="right")
+    for name in stages:
+        table.add_column(_STAGES.get(name, name), justify="right")
+    table.add_column("Always the most\nfrequent answer", justify="right")
+    table.add_column("Distinct answers\n" + " / ".join([*stages, "true"]), justify="right")
+    every = dict.fromkeys(shots for results in stages.values() for shots in results)
+    for shots in every:
+        found = [results.get(shots) for results in stages.values()]
+        known = next(result for result in found if result is not None)
+        distinct = [str(result["distinct_answers"]) if result else "-" for result in found]
+        table.add_row(
+            str(shots),
+            *(_accuracy(result) if result else "-" for result in found),
+            f"{known['most_frequent_share']:.1%}",
+            " / ".join([*distinct, str(known["distinct_gold_answers"])]),
+        )
+    return table
+
+
+def _accuracy(result: Mapping[str, Any]) -> str:
+    return f"{result['accuracy']:.1%} ± {result['standard_error']:.1%}"
+
+
 def summary_lines(folder: Path, report: Mapping[str, Any]) -> list[str]:
     """What came of it: where the files are, how long each stage took and what has to be read with the figures."""
     lines = []
@@ -92,7 +135,7 @@ def summary_lines(folder: Path, report: Mapping[str, Any]) -> list[str]:
     for name, results in report.get("k_shot_details", {}).items():
         for shots, result in results.items():
             if result.get("verdict"):
-                lines.append(f"Mind        {name}, {shots}-shot: {result['verdict']}")
+                lines.append(f"Note        {name}, {shots}-shot: {result['verdict']}")
     lines.append(
         f"Written     {folder}: the weights, run.json, report.json, plot.png, recipe.yaml and README.md (a card draft)"
     )
