@@ -104,9 +104,9 @@ def test_a_whole_run(folder: Path) -> None:
     text = words.getvalue()
     assert "the student itself with its adapter switched off; it reads 4 demonstrations, the student 0 or 1" in text
     assert text.index("Training    2 steps of 2 examples") < text.index("before: 0-shot")
-    table = text[text.index("Accuracy on held-out items (4)") :]
+    table = text[text.index("Accuracy on held-out items (4), %") :]
     assert all(column in table for column in ("Before", "After", "Gold labels", "Distinct answers"))
-    assert "Not trained: other (3)" in table
+    assert "Not trained: other (3), %" in table
     assert result.report == report
 
 

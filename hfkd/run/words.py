@@ -97,33 +97,33 @@ def comparison_tables(report: Mapping[str, Any]) -> list[Table]:
     return [_comparison(title, stages) for title, stages in tasks if stages]
 
 
-_STAGES = {"before": "Before", "after": "After", "gold": "Gold labels,\nsame budget", "teacher": "Teacher"}
+_STAGES = {"before": "Before", "after": "After", "gold": "Gold labels", "teacher": "Teacher"}
 
 
 def _comparison(title: str, stages: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table:
+    """In percent, ± one standard error; the distinct answers stand in the order of the stages."""
     some = next(iter(stages.values()))
-    table = Table(title=f"{title} ({next(iter(some.values()))['items']})")
-    table.add_column("Shots", justify="right")
-    for name in stages:
-        table.add_column(_STAGES.get(name, name), justify="right")
-    table.add_column("Always the most\nfrequent answer", justify="right")
-    table.add_column("Distinct answers\n" + " / ".join([*stages, "true"]), justify="right")
-    every = dict.fromkeys(shots for results in stages.values() for shots in results)
-    for shots in every:
+    table = Table(title=f"{title} ({next(iter(some.values()))['items']}), %", title_justify="left")
+    for name in ("Shots", *(_STAGES.get(name, name) for name in stages), "Constant", "Distinct answers"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for shots in dict.fromkeys(shots for results in stages.values() for shots in results):
         found = [results.get(shots) for results in stages.values()]
         known = next(result for result in found if result is not None)
-        distinct = [str(result["distinct_answers"]) if result else "-" for result in found]
+        distinct = "/".join(str(result["distinct_answers"]) if result else "-" for result in found)
         table.add_row(
             str(shots),
-            *(_accuracy(result) if result else "-" for result in found),
-            f"{known['most_frequent_share']:.1%}",
-            " / ".join([*distinct, str(known["distinct_gold_answers"])]),
+            *(_accuracy(result, "") if result else "-" for result in found),
+            f"{100 * known['most_frequent_share']:.1f}",
+            f"{distinct} of {known['distinct_gold_answers']}",
         )
+    table.caption = "Constant: what always giving the most frequent answer scores."
+    if "gold" in stages:
+        table.caption += " Gold labels: the same budget on the true answers."
     return table
 
 
-def _accuracy(result: Mapping[str, Any]) -> str:
-    return f"{result['accuracy']:.1%} ± {result['standard_error']:.1%}"
+def _accuracy(result: Mapping[str, Any], unit: str = "%") -> str:
+    return f"{100 * result['accuracy']:.1f}{unit} ± {100 * result['standard_error']:.1f}{unit}"
 
 
 def summary_lines(folder: Path, report: Mapping[str, Any]) -> list[str]:
