@@ -163,7 +163,7 @@ def main(
     os.chdir(ROOT)  # so that what is written names no folder of this machine
     whole = is_whole(MODEL)
     unpack = "done by an earlier run" if whole else "half a minute, 0.5 GB on disk, about 1.5 GB of memory"
-    print(PLAN.format(model=MODEL, output=OUTPUT, unpack=unpack, minutes=5), end="\n\n", flush=True)
+    print(PLAN.format(model=MODEL, output=OUTPUT, unpack=unpack, minutes=3), end="\n\n", flush=True)
     with user_errors(traceback):
         changes = [*overrides_for(MODEL, "overwrite" if overwrite else "refuse"), *(overrides or [])]
         from hfkd.recipe import load_recipe
