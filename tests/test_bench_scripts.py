@@ -1,0 +1,104 @@
+"""The benchmarks run, on sizes that take seconds, and print what they promise. No time is asserted here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_model
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+
+
+def run(script: str, *arguments: str) -> str:
+    """What a script prints, as a user starts it."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(SCRIPTS / script), *arguments]
+    found = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    assert found.returncode == 0, found.stderr[-3000:]
+    return found.stdout
+
+
+@pytest.fixture
+def scripts_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets a test import a script."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+
+
+def test_objective_prints_every_row_and_verdict(tmp_path: Path) -> None:
+    """Damage: a benchmark that fails, or drops the row that looks bad, and is found out on the day of a release."""
+    printed = run(
+        "bench_objective.py", "--sizes", "24x16x300", "--heads", "trained", "--repeats", "2", "--json", f"{tmp_path}/o"
+    )
+    rows = [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("|")]
+    assert len(rows) == len(set(rows)) == 8, printed
+    for word in ("bare matrix products", "hfkd reverse_kl", "TRL ChunkedDivergenceFunction", "TRL GKD"):
+        assert any(row.startswith(word) for row in rows), word
+    assert printed.count("wanted at most") == 3
+    (case,) = json.loads((tmp_path / "o").read_text())["cases"]
+    assert all(len(found["seconds"]) == 2 and found["memory"] >= 0 for found in case["results"].values())
+    assert [target["met"] for target in case["targets"]] == [
+        target["ratio"] <= target["limit"] for target in case["targets"]
+    ]
+
+
+def test_objective_refuses_to_time_a_wrong_value(scripts_on_path: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Damage: a fast implementation that computes something else wins the comparison."""
+    import bench_objective as bench
+
+    case = bench.Case(8, 16, 50, True, "cpu", "float32")
+    bench.check_values(case, list(bench.IMPLEMENTATIONS))
+
+    def halved(inputs: bench.Inputs) -> bench.Run:
+        right = bench.ours("forward_kl")(inputs)
+        return lambda: right() / 2
+
+    monkeypatch.setitem(bench.IMPLEMENTATIONS, bench.FORWARD, halved)
+    with pytest.raises(SystemExit, match="value of 'hfkd forward_kl'"):
+        bench.check_values(case, list(bench.IMPLEMENTATIONS))
+
+
+def test_added_memory_is_what_a_run_takes(scripts_on_path: None) -> None:
+    """Damage: the peak is read before the run, or of the whole process, and any claim on memory is noise."""
+    from bench_measuring import peak_above_now
+
+    size = 64 * 2**20
+    found = peak_above_now(lambda: torch.ones(size // 4).sum(), "cpu")
+    assert 0.9 * size < found < 1.5 * size
+
+
+def test_self_teacher_prints_both_tables(tmp_path: Path) -> None:
+    """Damage: the two trainers stop reading the same tokens (another template, another loss), and nobody notices
+    because nothing compares their prompts and first losses.
+    """
+    make_model(max_position_embeddings=512).save_pretrained(tmp_path / "model")
+    sizes = ("--shared", "48", "--own", "12", "--demonstration-tokens", "60", "--batch", "2", "--steps", "2")
+    printed = run(
+        "bench_self_teacher.py", "--model", f"{tmp_path}/model", *sizes, "--repeats", "1", "--json", f"{tmp_path}/s"
+    )
+    for words in ("shared prefix reused", "TRL SDFTTrainer", "hfkd, answers written beforehand", "of the first step"):
+        assert words in printed, printed
+    report = json.loads((tmp_path / "s").read_text())
+    assert report["forward"]["gap"] <= 1e-3
+    ours, theirs = report["step"]["losses"]
+    assert ours > 0 and ours == pytest.approx(theirs, rel=1e-3)
+    assert all(len(seconds) == 1 for seconds in report["step"]["seconds"].values())
+
+
+def test_different_work_is_refused(scripts_on_path: None) -> None:
+    """Damage: a step is called faster although it read shorter prompts, wrote shorter answers or has another loss."""
+    from bench_steps import Lengths, check_same_work
+
+    lengths = Lengths(64, 16, 8, 64, 8, 4, 2)
+    ours = {"answers": [4, 4], "prompts": [[1, 2]], "loss": 1.0}
+    check_same_work(ours, dict(ours), lengths)
+    for theirs in ({**ours, "prompts": [[1, 3]]}, {**ours, "loss": 1.1}):
+        with pytest.raises(SystemExit):
+            check_same_work(ours, theirs, lengths)
+    with pytest.raises(SystemExit, match="tokens were written"):
+        check_same_work({**ours, "answers": [4, 3]}, None, lengths)
