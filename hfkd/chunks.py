@@ -173,10 +173,14 @@ class Run:
         wide_dtype = torch.promote_types(hidden.dtype, torch.float32)
         sums = [torch.zeros((), dtype=wide_dtype, device=hidden.device) for _ in self.terms]
         weight = self.head.weight.to(hidden.dtype)
+        # Made once: memory that is given back and asked for anew at each chunk has to be cleared by the system each
+        # time.
+        most = max(_count(chunk.rows) for chunk in self.chunks)
+        both = [hidden.new_empty(most, self.head.vocab_size, dtype=wide_dtype) for _ in range(2 if self._dense else 1)]
         for chunk in self.chunks:
             states = hidden[chunk.rows]
-            logits = torch.mm(states, weight.T).to(wide_dtype)
-            teacher = self._teacher_chunk(chunk.rows, wide_dtype)
+            logits = _product(states, weight, both[0])
+            teacher = self._teacher_chunk(chunk.rows, both[-1])
             # The logits of a block aren't needed any more once its gradient is known, unless another reader comes.
             gradient = logits if len(chunk.readers) == 1 else torch.zeros_like(logits)
             for members, blocks in chunk.readers:
@@ -203,10 +207,14 @@ class Run:
         """The first member of the first reader: with several groupings, rows are counted in the first only."""
         return self.chunks[0].readers[0][0][0]
 
-    def _teacher_chunk(self, rows: Rows, dtype: torch.dtype) -> Tensor | TopKRows | None:
-        if isinstance(self.teacher, DenseRows):
+    @property
+    def _dense(self) -> bool:
+        return isinstance(self.teacher, DenseRows)
+
+    def _teacher_chunk(self, rows: Rows, buffer: Tensor) -> Tensor | TopKRows | None:
+        if self._dense:
             states = self.teacher.hidden[rows]
-            return torch.mm(states, self.teacher.head.weight.to(states.dtype).T).to(dtype)
+            return _product(states, self.teacher.head.weight.to(states.dtype), buffer)
         return _cut(self.teacher, rows)
 
     def _read(
@@ -245,6 +253,18 @@ class Run:
         found = torch.autograd.grad(total, [*inputs, *self.parameters], allow_unused=True)
         buffers.add(found[1:])
         return [value.detach() for value in values], found[0]
+
+
+def _count(rows: Rows) -> int:
+    return rows.stop - rows.start if isinstance(rows, slice) else rows.shape[0]
+
+
+def _product(states: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
+    """`states @ weight.T` in the first rows of a buffer that may be wider in type."""
+    out = buffer[: states.shape[0]]
+    if states.dtype == buffer.dtype:
+        return torch.mm(states, weight.T, out=out)
+    return out.copy_(torch.mm(states, weight.T))
 
 
 def _small_blocks(logits: Tensor) -> Iterator[slice]:
