@@ -239,7 +239,7 @@ class Run:
             inputs.append(head.bias)
         with torch.set_grad_enabled(self.with_gradient):
             chunk = TokenChunk(self.targets[rows][block], head.finish(leaf), theirs)
-            values = [self.terms[member].loss(chunk) for member in members]
+            values = [_row_values(self.terms[member], chunk) for member in members]
             if self.weights is not None:
                 values = [value * self.weights[rows][block] for value in values]
             values = [value.sum() for value in values]
@@ -253,6 +253,19 @@ class Run:
         found = torch.autograd.grad(total, [*inputs, *self.parameters], allow_unused=True)
         buffers.add(found[1:])
         return [value.detach() for value in values], found[0]
+
+
+def _row_values(term: Term, chunk: TokenChunk) -> Tensor:
+    """What a term says of each row; one that says one number for all would change its weight with the chunk."""
+    values = term.loss(chunk)
+    if values.shape != (len(chunk),):
+        raise ValueError(
+            f"The loss {term.name!r} returned a tensor of shape {list(values.shape)} for {len(chunk)} tokens; "
+            f"expected one "
+            f"value per token, [{len(chunk)}]. Sum over the vocabulary only (`.sum(dim=-1)`) and take no mean over "
+            f"tokens."
+        )
+    return values
 
 
 def _count(rows: Rows) -> int:

@@ -24,9 +24,18 @@ RECORD_NAME = "run.json"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "trl", "hfkd")
 # What one run leaves in its folder besides checkpoints and the weights, which the next save replaces.
 _RUN_FILES = (RECORD_NAME, "report.json", "plot.png", "recipe.yaml", "README.md", "teacher_answers.jsonl")
-# Settings that may differ between a run and its continuation: how far to go, and what is written down on the way.
+# A full model that stays beside a new adapter would be loaded, or uploaded, with it.
+_WEIGHT_FILES = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "adapter_config.json",
+    "config.json",
+    "generation_config.json",
+)
+# Settings that may differ between a run and its continuation. How far it goes may not: which rows are visited, in
+# which order, and the learning rate of each step follow from it.
 _FREE_TRAINING_KEYS = re.compile(
-    r"^(max_steps|num_train_epochs|output_dir|run_policy|resume_from_checkpoint|report_to|run_name|"
+    r"^(output_dir|run_policy|resume_from_checkpoint|report_to|run_name|"
     r"project|disable_tqdm|"
     r"log_.*|logging_.*|save_.*|trackio_.*|push_to_hub|hub_.*|overwrite_output_dir)$"
 )
@@ -216,17 +225,44 @@ def check_output_folder(folder: str | Path, policy: str, fingerprint: str) -> No
         raise OutputFolderError(
             f"the run in {folder} was made by another recipe (fingerprint {str(before)[:12]}, this one has "
             f"{fingerprint[:12]}); "
-            "only training.max_steps, training.num_train_epochs, logging and output settings may differ when a "
-            "run is resumed"
+            "only logging and output settings may differ when a run is resumed"
         )
 
 
+def check_same_data(folder: str | Path, data: Mapping[str, Any]) -> None:
+    """Refuse to continue a run with other rows than it began with; the recipe names files, not what is in them.
+
+    Args:
+        folder: The output folder.
+        data: `rows_fingerprint` of each part.
+
+    Raises:
+        OutputFolderError: A part differs; names it.
+    """
+    record = Path(folder) / RECORD_NAME
+    if not record.exists():
+        return
+    before = json.loads(record.read_text(encoding="utf-8")).get("data", {})
+    for name, fingerprint in data.items():
+        if name in before and before[name] != json.loads(json.dumps(fingerprint)):
+            raise OutputFolderError(
+                f"the {name} rows are not those that the run in {folder} began with; bring the file back as it was, "
+                f"or start "
+                "anew with --overwrite"
+            )
+
+
 def clear_output_folder(folder: str | Path) -> None:
-    """Remove what a run left in its folder: checkpoints, records and the teacher's answers; other files stay."""
+    """Remove what a run left in its folder: checkpoints, records, the teacher's answers and weights; other files
+    stay.
+    """
     for path in checkpoints(folder):
         shutil.rmtree(path)
     for name in _RUN_FILES:
         (Path(folder) / name).unlink(missing_ok=True)
+    for pattern in _WEIGHT_FILES:
+        for path in Path(folder).glob(pattern):
+            path.unlink()
 
 
 def safe_command(arguments: Sequence[str]) -> list[str]:

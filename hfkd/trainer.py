@@ -36,7 +36,7 @@ from hfkd.objective import LossSum, Objective, build_objective
 from hfkd.rows import DenseRows, Head, RowLayout, decode, supervised
 from hfkd.signal import TeacherSignal
 from hfkd.student import check_head, make_student, pad_token
-from hfkd.teachers import Teacher, as_teacher, check_same_tokens, evaluating
+from hfkd.teachers import LocalTeacher, Teacher, as_teacher, check_embeddings, check_same_tokens, evaluating
 
 
 class DistillationTrainer(Trainer):
@@ -194,6 +194,8 @@ class DistillationTrainer(Trainer):
         self.teacher.prepare(self.accelerator, self.model)
         if self.teacher.tokenizer is not None and self.processing_class is not None:
             check_same_tokens(self.processing_class, self.teacher.tokenizer)
+        if isinstance(self.teacher, LocalTeacher) and self.processing_class is not None and self.objective.needs:
+            check_embeddings(self.processing_class, self.teacher.model)
         if isinstance(dataset, DistillationDataset):
             self.teacher.share_prefix(dataset.shared_prefix)
 

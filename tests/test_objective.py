@@ -19,6 +19,23 @@ from hfkd.support import TokenChunk
 N, WIDTH, VOCABULARY = 11, 6, 384
 
 
+class Mean(Divergence):
+    """The commonest slip in a loss of one's own."""
+
+    def between(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        """One number for all rows."""
+        return (student - teacher).pow(2).mean()
+
+
+def test_a_loss_must_say_something_of_each_row():
+    """One number for a whole chunk counts as often as there are chunks: the result changes with a setting for
+    memory.
+    """
+    world = World()
+    with pytest.raises(ValueError, match=r"'mean' returned a tensor of shape \[\] for \d+ tokens; expected one"):
+        Objective([Term("mean", Mean())])(world.student, world.dense, world.targets)
+
+
 class World:
     """Student and teacher rows, and what an objective makes of them.
 

@@ -151,6 +151,13 @@ def test_wrong_overrides(recipe_file: Path, override: str, words: str) -> None:
         (["data.train=null"], "data.train: got None (NoneType); expected a section with keys: path, name"),
         (["data.train.format=gsm8"], "data.train.format: there is no format 'gsm8'; did you mean gsm8k?"),
         (["loss.terms=[]"], "loss.terms: got [] (list); expected"),
+        (["training.max_steps=0"], "training.max_steps: got 0; expected at least 1"),
+        (["training.learning_rate=-1"], "training.learning_rate: got -1; expected at least 0"),
+        (
+            ["training.per_device_train_batch_size=0"],
+            "training.per_device_train_batch_size: got 0; expected at least 1",
+        ),
+        (["training.eval_strategy=steps"], "training.eval_strategy: got 'steps'; a recipe asks its questions before"),
         (["loss.terms=[{weight: 1}]"], "loss.terms.0.kind: is required and is not given"),
         (["loss.terms.0.kind=forwrd_kl"], "loss.terms.0.kind: there is no loss 'forwrd_kl'; did you mean forward_kl"),
         (

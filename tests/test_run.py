@@ -286,14 +286,74 @@ def test_a_run_that_failed_in_training_says_so(folder: Path, monkeypatch: pytest
 
 
 def test_a_mended_recipe_may_use_the_folder(folder: Path) -> None:
-    """A run that never began to train must not block its own repetition, nor lose the teacher's answers."""
+    """A run that never began to train must not block its own repetition, and must fail before the teacher has
+    written.
+    """
     with pytest.raises(ValueError, match="max_length"):
         run("data.max_length=3", "evaluation=null", "data.answer=teacher")
-    answers = folder / "out" / "teacher_answers.jsonl"
-    written = answers.read_text()
-    assert not (folder / "out" / "run.json").exists()
+    assert not (folder / "out").exists() or not list((folder / "out").iterdir())
     assert run("evaluation=null", "data.answer=teacher").record.status == "finished"
-    assert answers.read_text() == written
+
+
+def test_rows_are_chosen_among_those_that_fit(folder: Path) -> None:
+    """Chosen first and dropped afterwards, a run trains on the few rows of its choice that happen to be short."""
+    rows = [{"prompt": verb * (1 if place % 4 == 0 else 60), "completion": "x"} for place, verb in enumerate(VERBS)]
+    Path("mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fitting = sum(len(row["prompt"]) < 60 for row in rows)
+    Path("shown.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    result = run(
+        "data.train.path=mixed.jsonl",
+        "data.demonstrations={path: shown.jsonl, count: 1}",
+        "data.too_long=drop",
+        "data.max_length=60",
+        "evaluation=null",
+        "training.max_steps=2",
+    )
+    assert result.record.data["training_examples"]["examples"] == fitting
+    assert result.record.data["training_examples"]["too_long"] == len(rows) - fitting
+
+
+def test_a_resumed_run_needs_the_rows_that_it_began_with(folder: Path) -> None:
+    """The recipe names a file; when what is in it has changed, the continuation is another run under the old one's
+    name.
+    """
+    run("evaluation=null")
+    changed = Path("verbs.jsonl").read_text().replace("ed", "ing")
+    Path("verbs.jsonl").write_text(changed)
+    with pytest.raises(ValueError, match="rows are not those that the run in out began with"):
+        run("evaluation=null", "training.run_policy=resume")
+
+
+def test_evaluation_items_are_not_trained_on(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A training row that asks an evaluation item in other letters makes the accuracy one on seen items."""
+    asked = [{"prompt": f" {verb.upper()}", "completion": verb + "ed"} for verb in VERBS[:4]]
+    Path("asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    shown = [{"prompt": f"verb{place}", "completion": f"verb{place}ed"} for place in range(4)]
+    Path("shown.jsonl").write_text("".join(json.dumps(row) + "\n" for row in shown))
+    overrides = ["evaluation.path=asked.jsonl", "evaluation.split=train", "data.demonstrations.path=shown.jsonl"]
+    made = build(load_recipe("recipe.yaml", overrides))
+    assert "are left out" in caplog.text
+    assert not {row["prompt"] for row in made.train} & set(VERBS[:4])
+
+
+def test_prompts_alone_are_enough_where_the_teacher_writes(folder: Path) -> None:
+    """Self-distillation without labels must not ask for labels."""
+    Path("asked.jsonl").write_text("".join(json.dumps({"prompt": verb}) + "\n" for verb in VERBS))
+    shown = [{"prompt": f"verb{place}", "completion": f"verb{place}ed"} for place in range(4)]
+    Path("shown.jsonl").write_text("".join(json.dumps(row) + "\n" for row in shown))
+    overrides = ["data.train.path=asked.jsonl", "data.demonstrations.path=shown.jsonl", "evaluation=null"]
+    assert run(*overrides, "data.answer=teacher").record.status == "finished"
+    with pytest.raises(ValueError, match="completion"):
+        run(*overrides, "data.answer=dataset", "training.output_dir=other")
+
+
+def test_overwrite_leaves_no_other_weights(folder: Path) -> None:
+    """A full model beside the new adapter would be loaded or uploaded in its place."""
+    run("student.lora=null", "teacher.weights=frozen_copy", "evaluation=null")
+    assert (folder / "out" / "model.safetensors").exists()
+    run("evaluation=null", "training.run_policy=overwrite")
+    assert not (folder / "out" / "model.safetensors").exists() and not (folder / "out" / "config.json").exists()
+    assert (folder / "out" / "adapter_model.safetensors").exists()
 
 
 def test_a_dry_build_needs_no_files(folder: Path) -> None:

@@ -298,6 +298,12 @@ def test_other_ids_are_refused(tmp_path):
         make_trainer(tmp_path, teacher=LocalTeacher(make_model(seed=1), tokenizer=theirs), demonstrations=[])
 
 
+def test_a_teacher_that_cannot_read_all_ids_is_refused(tmp_path):
+    """It would be an index error, or a dead GPU, in the first batch with such an id."""
+    with pytest.raises(VocabularyError, match="can read the first 300 only"):
+        make_trainer(tmp_path, teacher=LocalTeacher(make_model(seed=1, vocab_size=300)), demonstrations=[])
+
+
 def test_nothing_supervised_is_loud(tmp_path):
     """A loss of exactly 0 on data with nothing to learn looks like success."""
 

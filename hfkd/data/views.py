@@ -185,6 +185,11 @@ class DistillationDataset(Dataset):
         views = (self._encode_student(self._row(index), self.drawn(index)) for index in range(len(self)))
         return [view["input_ids"][: prompt_length(view)] for view in views]
 
+    @property
+    def kept_rows(self) -> list[Row]:
+        """The rows that are examples: neither too long nor demonstrations themselves."""
+        return [dict(self._rows[number]) for number in self._kept]
+
     def _row(self, index: int) -> Row:
         return self._rows[self._kept[index]]
 

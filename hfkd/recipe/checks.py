@@ -128,7 +128,9 @@ def _loss(recipe: Recipe) -> Iterator[str]:
 
 
 def _loss_arguments(prefix: str, loss: type, given: dict[str, Any]) -> list[str]:
-    parameters = inspect.signature(loss).parameters
+    # A class without an __init__ of its own has torch.nn.Module's, which seems to take everything.
+    bare = loss.__init__.__module__.startswith("torch.")
+    parameters = {} if bare else inspect.signature(loss).parameters
     hints = typing.get_type_hints(loss.__init__)
     known = ["kind", "weight", "name", *parameters]
     faults = []
@@ -261,9 +263,26 @@ def _training(recipe: Recipe) -> Iterator[str]:
             yield f"training.{name}: got {shown(value)} ({type(value).__name__}); expected {error}"
     if not isinstance(recipe.training.get("output_dir"), str) or not recipe.training["output_dir"]:
         yield f"training.output_dir: got {shown(recipe.training.get('output_dir'))}; expected the path of a folder"
+    yield from _training_values(recipe.training)
     if recipe.training.get("run_policy", "refuse") not in _POLICIES:
         policy = str(recipe.training["run_policy"])
         yield f"training.run_policy: got {policy!r}; expected {' or '.join(_POLICIES)}{near(policy, _POLICIES)}"
+
+
+def _training_values(training: dict[str, Any]) -> Iterator[str]:
+    """Numbers that the trainer would take in another sense or stumble over late."""
+    least = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "learning_rate": 0.0}
+    for name, lowest in least.items():
+        value = training.get(name)
+        if isinstance(value, int | float) and value < lowest:
+            yield f"training.{name}: got {value}; expected at least {lowest}"
+    if training.get("max_steps") == 0:
+        yield "training.max_steps: got 0; expected at least 1, or no such key (then num_train_epochs counts)"
+    if str(training.get("eval_strategy", "no")).rpartition(".")[2].lower() not in ("no", "none"):
+        yield (
+            f"training.eval_strategy: got {training['eval_strategy']!r}; a recipe asks its questions before and after "
+            "training, as its evaluation section says; leave this key out"
+        )
 
 
 def _plain_value(hint: Any, value: Any) -> Any:

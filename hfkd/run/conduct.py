@@ -22,6 +22,7 @@ from rich.console import Console
 
 from hfkd.card import build_card
 from hfkd.data.collate import DistillationCollator
+from hfkd.data.messages import prompt_key
 from hfkd.data.select import visited
 from hfkd.data.views import DistillationDataset, teacher_prompts
 from hfkd.errors import NothingToLearn
@@ -29,7 +30,15 @@ from hfkd.eval.k_shot import KShotReport
 from hfkd.eval.report import plot_run, write_report
 from hfkd.objective import Objective, build_objective
 from hfkd.recipe.schema import Recipe
-from hfkd.record import RunRecord, checkpoints, clear_output_folder, mask, rows_fingerprint, safe_command
+from hfkd.record import (
+    RunRecord,
+    check_same_data,
+    checkpoints,
+    clear_output_folder,
+    mask,
+    rows_fingerprint,
+    safe_command,
+)
 from hfkd.rollout.answers import teacher_answers
 from hfkd.rollout.hf import HFRollout
 from hfkd.run.build import Run, build, make_config
@@ -120,16 +129,16 @@ class _Conductor:
         run = self.run
         if movable(run.model):
             run.model.to(run.config.device)
+        fitting = self._fitting_rows()
         with self._clock("evaluation_before"):
             self._evaluate("before", run.model)
         self._evaluate_teacher()
-        rows = self._visited_rows()
+        rows = self._visited_rows(fitting)
         gold_rows = rows
         if self.recipe.data.answer == "teacher":
             with self._clock("teacher_answers"):
                 rows = self._with_teacher_answers(rows)
         trainer = make_trainer(run, rows, run.model, run.teacher, run.objective, run.config)
-        self._count(trainer.train_dataset)
         self.trains = True
         self._write_record()
         with self._clock("training"), training_bar(trainer, self.console, "Training"):
@@ -155,6 +164,8 @@ class _Conductor:
         if run.evaluation is not None:
             parts["evaluation"] = run.evaluation.items
         self.record.data = {name: rows_fingerprint(rows) for name, rows in parts.items()}
+        if self.recipe.training.get("run_policy") == "resume":
+            check_same_data(run.output_dir, self.record.data)
         self.record.student = {"source": "folder" if Path(self.recipe.student.model).exists() else "hub"}
         self.record.objective = run.objective.describe()
         self.record.teacher = run.teacher.describe() if run.teacher is not None else {"kind": "none"}
@@ -173,8 +184,22 @@ class _Conductor:
                 f"{dataset.dropped_demonstrations} that are demonstrations; {len(dataset)} are left."
             )
 
-    def _visited_rows(self) -> list[dict[str, Any]]:
-        config, rows = self.run.config, self.run.train
+    def _fitting_rows(self) -> list[dict[str, Any]]:
+        """The training rows that can be examples, found before anything is run; the choice is made among these.
+
+        A row whose answer is still to be written is measured with a short one.
+        """
+        run = self.run
+        rows = run.train
+        if self.recipe.data.answer == "teacher":
+            rows = [run.builder.with_answer(row, "?") for row in rows]
+        dataset = make_dataset(run, rows, run.teacher, run.objective)
+        self._count(dataset)
+        kept = {prompt_key(row) for row in dataset.kept_rows}
+        return [row for row in run.train if prompt_key(row) in kept]
+
+    def _visited_rows(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        config = self.run.config
         if config.max_steps > 0:
             examples = (
                 config.max_steps * config.train_batch_size * config.gradient_accumulation_steps * config.world_size
@@ -303,8 +328,23 @@ def make_trainer(
     config: Any,
 ) -> DistillationTrainer:
     """A trainer over these rows, with both views of each example as the recipe says."""
+    return DistillationTrainer(
+        model,
+        teacher,
+        objective,
+        config,
+        train_dataset=make_dataset(run, rows, teacher, objective),
+        processing_class=run.tokenizer,
+        data_collator=DistillationCollator(run.tokenizer.pad_token_id),
+    )
+
+
+def make_dataset(
+    run: Run, rows: Sequence[dict[str, Any]], teacher: Teacher | None, objective: Objective
+) -> DistillationDataset:
+    """Both views of each row, as the recipe says."""
     data = run.recipe.data
-    dataset = DistillationDataset(
+    return DistillationDataset(
         rows,
         run.builder,
         demonstrations=fixed_demonstrations(run),
@@ -315,15 +355,6 @@ def make_trainer(
         too_long=data.too_long,
         whole_text=data.whole_text,
         seed=data.seed,
-    )
-    return DistillationTrainer(
-        model,
-        teacher,
-        objective,
-        config,
-        train_dataset=dataset,
-        processing_class=run.tokenizer,
-        data_collator=DistillationCollator(run.tokenizer.pad_token_id),
     )
 
 

@@ -114,7 +114,7 @@ def prepare_teacher(
     """
     from accelerate import PartialState
 
-    from hfkd.teachers import LocalTeacher, check_same_tokens
+    from hfkd.teachers import LocalTeacher, check_embeddings, check_same_tokens
 
     if not isinstance(teacher, LocalTeacher):
         return
@@ -122,6 +122,8 @@ def prepare_teacher(
     if compares:
         check_same_tokens(tokenizer, teacher.tokenizer)
     teacher.prepare(PartialState(), student)
+    if compares:
+        check_embeddings(tokenizer, teacher.model)
 
 
 def make_teacher(recipe: Recipe) -> Teacher | None:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from hfkd.data.load import Source, load_rows
-from hfkd.data.select import check_leakage, split_rows, visited
+from hfkd.data.messages import prompt_key
+from hfkd.data.select import LeakageError, check_leakage, split_rows, visited
 from hfkd.recipe.schema import DemonstrationsSection, EvaluationSection, ForgettingSection, Recipe
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ def load_data(recipe: Recipe, sources: Mapping[str, Source]) -> Rows:
             which no row holds a second prompt.
     """
     data, evaluation = recipe.data, recipe.evaluation
-    rows = list(load_rows(sources["train"]))
+    rows = list(load_rows(sources["train"], require_completion=_needs_labels(recipe)))
     held_out = evaluation.size if evaluation is not None and evaluation.path is None else 0
     splits = split_rows(
         rows, demonstrations=_drawn_demonstrations(recipe), evaluation=held_out, seed=data.demonstrations.seed
@@ -60,13 +61,24 @@ def load_data(recipe: Recipe, sources: Mapping[str, Source]) -> Rows:
     if evaluation is None:
         return loaded
     items = splits.evaluation if "evaluation" not in sources else list(load_rows(sources["evaluation"]))
-    _check_overlap(loaded.demonstrations, items, loaded.train)
+    check_leakage(loaded.demonstrations, items)
+    loaded.train = _apart_from(items, loaded.train)
     loaded.evaluation = Task(data.train.path, items, loaded.demonstrations, evaluation.shots, evaluation.extract)
     loaded.forgetting = [
         _other_task(sources[f"forgetting.{index}"], other, evaluation)
         for index, other in enumerate(evaluation.forgetting)
     ]
     return loaded
+
+
+def _needs_labels(recipe: Recipe) -> bool:
+    """Whether the answers of the training file are read: not where the teacher writes them and all else has its
+    file.
+    """
+    data, evaluation = recipe.data, recipe.evaluation
+    shown = data.demonstrations.count > 0 and data.demonstrations.path is None
+    asked = evaluation is not None and (evaluation.path is None or evaluation.gold_baseline)
+    return data.answer == "dataset" or shown or asked
 
 
 def _drawn_demonstrations(recipe: Recipe) -> int:
@@ -98,15 +110,23 @@ def _check_second_view(recipe: Recipe, train: Sequence[Mapping]) -> None:
         )
 
 
-def _check_overlap(demonstrations: Sequence[Mapping], items: Sequence[Mapping], train: Sequence[Mapping]) -> None:
-    """Refuse demonstrations among the items, and say how many training rows an evaluation from elsewhere repeats."""
-    check_leakage(demonstrations, items)
-    asked = {str(item.get("prompt", item.get("messages"))) for item in items}
-    shared = sum(str(row.get("prompt", row.get("messages"))) in asked for row in train)
-    if shared:
-        logger.warning(
-            "%d training rows have the prompt of an evaluation item; the accuracies say less for that.", shared
+def _apart_from(items: Sequence[Mapping], train: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The training rows that ask nothing of what the evaluation asks: held out is held out, whichever file it is
+    from.
+    """
+    asked = {prompt_key(item) for item in items}
+    apart = [row for row in train if prompt_key(row) not in asked]
+    if not apart and train:
+        raise LeakageError(
+            f"all {len(train)} training rows have the prompt of an evaluation item; give evaluation.path another "
+            f"file, or "
+            "leave it out and have items held out of the training file"
         )
+    if len(apart) < len(train):
+        logger.warning(
+            "%d training rows have the prompt of an evaluation item and are left out.", len(train) - len(apart)
+        )
+    return apart
 
 
 def _other_task(source: Source, other: ForgettingSection, evaluation: EvaluationSection) -> Task:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from hfkd.teachers.base import Teacher, evaluating
 from hfkd.teachers.local import LocalTeacher, ModelTeacher
 from hfkd.teachers.self_teacher import SelfTeacher
-from hfkd.teachers.vocabulary import check_same_tokens
+from hfkd.teachers.vocabulary import check_embeddings, check_same_tokens
 
 
 def as_teacher(teacher: Teacher | PreTrainedModel | str | None, adapter: bool) -> Teacher | None:
@@ -26,4 +26,13 @@ def as_teacher(teacher: Teacher | PreTrainedModel | str | None, adapter: bool) -
     return LocalTeacher(teacher)
 
 
-__all__ = ["LocalTeacher", "ModelTeacher", "SelfTeacher", "Teacher", "as_teacher", "check_same_tokens", "evaluating"]
+__all__ = [
+    "LocalTeacher",
+    "ModelTeacher",
+    "SelfTeacher",
+    "Teacher",
+    "as_teacher",
+    "check_embeddings",
+    "check_same_tokens",
+    "evaluating",
+]

@@ -4,7 +4,7 @@ objection.
 
 from __future__ import annotations
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hfkd.errors import VocabularyError
 
@@ -35,3 +35,22 @@ def check_same_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedToken
                 f"of the same family, or "
                 "distil its text: `answer: teacher` with `cross_entropy`."
             )
+
+
+def check_embeddings(student: PreTrainedTokenizerBase, teacher: PreTrainedModel) -> None:
+    """Make sure that the teacher can read every id that the student's tokenizer writes.
+
+    Args:
+        student: The tokenizer that the data were made with.
+        teacher: The teacher's model.
+
+    Raises:
+        VocabularyError: The teacher has fewer embeddings than the tokenizer has ids.
+    """
+    known = teacher.get_input_embeddings().weight.shape[0]
+    if len(student) > known:
+        raise VocabularyError(
+            f"The student's tokenizer writes {len(student)} ids, but the teacher can read the first {known} only. Use "
+            f"a teacher "
+            "of the same family, or distil its text: `answer: teacher` with `cross_entropy`."
+        )
