@@ -234,7 +234,7 @@ def _report(answers: Sequence[tuple[str, bool]]) -> None:
         logger.info("The teacher has answered %d prompts.", len(answers))
         return
     logger.warning(
-        "Of the teacher's %d answers %d are empty and %d didn't end within the limit of new tokens. They are kept; if "
+        "Of the teacher's %d answers %d are empty and %d didn't end within the limit of new tokens. If "
         "there are many, raise max_new_tokens or look at the prompt and the stop strings.",
         len(answers),
         empty,
