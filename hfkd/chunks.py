@@ -53,10 +53,12 @@ class Chunk:
     Args:
         rows: Which rows.
         readers: Terms (by number) and the blocks of the chunk that they read; None stands for blocks of any size.
+        counted: Whether agreement is counted here: rows are visited once for each grouping, but counted once.
     """
 
     rows: Rows
     readers: list[tuple[list[int], list[slice] | None]]
+    counted: bool = True
 
 
 def plan_chunks(terms: Sequence[Term], layout: RowLayout, chunk_size: int | None, vocab_size: int) -> list[Chunk]:
@@ -89,7 +91,10 @@ def plan_chunks(terms: Sequence[Term], layout: RowLayout, chunk_size: int | None
     chunks = []
     for position, (groups, members) in enumerate(grouped):
         riders = [(free, None)] if free and position == 0 else []
-        chunks += [Chunk(rows, [(members, blocks), *riders]) for rows, blocks in _whole_groups(groups, limit)]
+        chunks += [
+            Chunk(rows, [(members, blocks), *riders], counted=position == 0)
+            for rows, blocks in _whole_groups(groups, limit)
+        ]
     return chunks
 
 
@@ -145,9 +150,10 @@ class Run:
             parameters,
         )
         self.head = head.detached()
-        self.teacher = (
-            DenseRows(teacher.hidden.detach(), teacher.head.detached()) if isinstance(teacher, DenseRows) else teacher
-        )
+        self.teacher = teacher
+        if isinstance(teacher, DenseRows):
+            states, head = teacher.hidden.detach(), teacher.head.detached()
+            self.teacher = DenseRows(states, replace(head, weight=head.weight.to(states.dtype)))
         self.agreed = (
             torch.zeros((), dtype=torch.long, device=targets.device)
             if measure_agreement and teacher is not None
@@ -183,10 +189,8 @@ class Run:
             teacher = self._teacher_chunk(chunk.rows, both[-1])
             # The logits of a block aren't needed any more once its gradient is known, unless another reader comes.
             gradient = logits if len(chunk.readers) == 1 else torch.zeros_like(logits)
-            for members, blocks in chunk.readers:
-                count = self.agreed is not None and (
-                    blocks is None or (len(chunk.readers) == 1 and members[0] == self._first())
-                )
+            for place, (members, blocks) in enumerate(chunk.readers):
+                count = self.agreed is not None and chunk.counted and place == 0
                 for block in blocks if blocks is not None else _small_blocks(logits):
                     values, found = self._read(
                         members, chunk.rows, block, logits[block].detach(), teacher, buffers, count
@@ -203,10 +207,6 @@ class Run:
                 buffers.accumulate(chunk.rows, states, gradient, weight)
         return sums
 
-    def _first(self) -> int:
-        """The first member of the first reader: with several groupings, rows are counted in the first only."""
-        return self.chunks[0].readers[0][0][0]
-
     @property
     def _dense(self) -> bool:
         return isinstance(self.teacher, DenseRows)
@@ -214,7 +214,7 @@ class Run:
     def _teacher_chunk(self, rows: Rows, buffer: Tensor) -> Tensor | TopKRows | None:
         if self._dense:
             states = self.teacher.hidden[rows]
-            return _product(states, self.teacher.head.weight.to(states.dtype), buffer)
+            return _product(states, self.teacher.head.weight, buffer)
         return _cut(self.teacher, rows)
 
     def _read(

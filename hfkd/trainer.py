@@ -129,7 +129,6 @@ class DistillationTrainer(Trainer):
         self._heads_checked = False
 
     # --- before training
-    # -------------------------------------------------------------------------------------------------
 
     def _check_combination(self, has_adapter: bool) -> None:
         needs = self.objective.needs
@@ -200,7 +199,6 @@ class DistillationTrainer(Trainer):
             self.teacher.share_prefix(dataset.shared_prefix)
 
     # --- a step
-    # ----------------------------------------------------------------------------------------------------------
 
     def get_batch_samples(
         self, epoch_iterator: Iterable, num_batches: int, device: torch.device
@@ -316,7 +314,6 @@ class DistillationTrainer(Trainer):
         super().log(logs, start_time)
 
     # --- evaluation
-    # ------------------------------------------------------------------------------------------------------
 
     def prediction_step(
         self,
@@ -345,7 +342,6 @@ class DistillationTrainer(Trainer):
         return output
 
     # --- what learns and what is kept
-    # ------------------------------------------------------------------------------------
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The student's parameters, and those that the losses hold."""

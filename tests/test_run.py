@@ -313,6 +313,19 @@ def test_rows_are_chosen_among_those_that_fit(folder: Path) -> None:
     assert result.record.data["training_examples"]["too_long"] == len(rows) - fitting
 
 
+def test_a_row_that_is_too_long_once_answered_is_counted(folder: Path) -> None:
+    """Left out in silence, nobody would know how much the teacher's long answers cost."""
+    words = io.StringIO()
+    common = ["data.answer=teacher", "data.student_shots=[0]", "data.teacher_max_length=2048", "evaluation=null"]
+    made = build(load_recipe("recipe.yaml", common))
+    short = [made.builder.with_answer(row, "?") for row in made.train]
+    limit = max(len(made.builder.encode_prompt(row)) + len(made.builder.encode_completion(row)) for row in short)
+    more = ["data.too_long=drop", f"data.max_length={limit}", "data.generation.max_new_tokens=4"]
+    counts = run(*common, *more, "training.max_steps=20", words=words).record.data["training_examples"]
+    assert counts["too_long"] == 0 and counts["too_long_once_answered"] > 0
+    assert "too long with the teacher's answer" in words.getvalue()
+
+
 def test_a_resumed_run_needs_the_rows_that_it_began_with(folder: Path) -> None:
     """The recipe names a file; when what is in it has changed, the continuation is another run under the old one's
     name.

@@ -186,9 +186,9 @@ class DistillationDataset(Dataset):
         return [view["input_ids"][: prompt_length(view)] for view in views]
 
     @property
-    def kept_rows(self) -> list[Row]:
-        """The rows that are examples: neither too long nor demonstrations themselves."""
-        return [dict(self._rows[number]) for number in self._kept]
+    def kept(self) -> list[int]:
+        """Which of the given rows are examples: neither too long nor demonstrations themselves."""
+        return list(self._kept)
 
     def _row(self, index: int) -> Row:
         return self._rows[self._kept[index]]

@@ -97,7 +97,7 @@ def build(recipe: Recipe, *, dry: bool = False) -> Run:
     run.builder = PromptBuilder(run.tokenizer, run.style)
     run.teacher = make_teacher(recipe)
     run.model = load_student(recipe, seed=run.config.seed)
-    prepare_teacher(recipe, run.teacher, run.model, run.tokenizer, compares=bool(run.objective.needs))
+    prepare_teacher(recipe, run.teacher, run.model, run.tokenizer)
     return run
 
 

@@ -22,7 +22,6 @@ from rich.console import Console
 
 from hfkd.card import build_card
 from hfkd.data.collate import DistillationCollator
-from hfkd.data.messages import prompt_key
 from hfkd.data.select import visited
 from hfkd.data.views import DistillationDataset, teacher_prompts
 from hfkd.errors import NothingToLearn
@@ -139,6 +138,7 @@ class _Conductor:
             with self._clock("teacher_answers"):
                 rows = self._with_teacher_answers(rows)
         trainer = make_trainer(run, rows, run.model, run.teacher, run.objective, run.config)
+        self._count_late(trainer.train_dataset)
         self.trains = True
         self._write_record()
         with self._clock("training"), training_bar(trainer, self.console, "Training"):
@@ -184,6 +184,12 @@ class _Conductor:
                 f"{dataset.dropped_demonstrations} that are demonstrations; {len(dataset)} are left."
             )
 
+    def _count_late(self, dataset: DistillationDataset) -> None:
+        """Rows that fitted with a short answer, but not with the one that the teacher wrote."""
+        if dataset.dropped:
+            self.record.data["training_examples"]["too_long_once_answered"] = dataset.dropped
+            self.console.print(f"Left out of training: {dataset.dropped} more, too long with the teacher's answer.")
+
     def _fitting_rows(self) -> list[dict[str, Any]]:
         """The training rows that can be examples, found before anything is run; the choice is made among these.
 
@@ -195,8 +201,7 @@ class _Conductor:
             rows = [run.builder.with_answer(row, "?") for row in rows]
         dataset = make_dataset(run, rows, run.teacher, run.objective)
         self._count(dataset)
-        kept = {prompt_key(row) for row in dataset.kept_rows}
-        return [row for row in run.train if prompt_key(row) in kept]
+        return [run.train[number] for number in dataset.kept]
 
     def _visited_rows(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         config = self.run.config

@@ -97,7 +97,6 @@ def prepare_teacher(
     teacher: Teacher | None,
     student: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    compares: bool,
 ) -> None:
     """Load another model as the teacher, after a look at whether its tokens are the student's.
 
@@ -105,8 +104,7 @@ def prepare_teacher(
         recipe: Says where the teacher is.
         teacher: From `make_teacher`; only one that is another model is prepared here.
         student: The student's model.
-        tokenizer: The student's tokenizer.
-        compares: Whether a loss compares the two distributions, so that equal ids must be equal tokens.
+        tokenizer: The student's tokenizer; prompts are written with it, and the teacher reads the same ids.
 
     Raises:
         VocabularyError: An id stands for different tokens.
@@ -119,11 +117,9 @@ def prepare_teacher(
     if not isinstance(teacher, LocalTeacher):
         return
     teacher.tokenizer = load_tokenizer(recipe.teacher)
-    if compares:
-        check_same_tokens(tokenizer, teacher.tokenizer)
+    check_same_tokens(tokenizer, teacher.tokenizer)
     teacher.prepare(PartialState(), student)
-    if compares:
-        check_embeddings(tokenizer, teacher.model)
+    check_embeddings(tokenizer, teacher.model)
 
 
 def make_teacher(recipe: Recipe) -> Teacher | None:

@@ -30,10 +30,9 @@ def check_same_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedToken
         if ours[index] != theirs[index]:
             raise VocabularyError(
                 f"Student and teacher don't share a vocabulary: id {index} is {ours[index]!r} for the student and "
-                f"{theirs[index]!r} for the "
-                f"teacher ({len(ours)} and {len(theirs)} tokens). Token-level losses need the same ids. Use a teacher "
-                f"of the same family, or "
-                "distil its text: `answer: teacher` with `cross_entropy`."
+                f"{theirs[index]!r} for the teacher ({len(ours)} and {len(theirs)} tokens). The teacher reads the "
+                "student's ids, so they must mean the same, for `answer: teacher` as well. Use a teacher of the same "
+                "family, or train with `cross_entropy` on text that the teacher wrote elsewhere."
             )
 
 
@@ -51,6 +50,5 @@ def check_embeddings(student: PreTrainedTokenizerBase, teacher: PreTrainedModel)
     if len(student) > known:
         raise VocabularyError(
             f"The student's tokenizer writes {len(student)} ids, but the teacher can read the first {known} only. Use "
-            f"a teacher "
-            "of the same family, or distil its text: `answer: teacher` with `cross_entropy`."
+            "a teacher of the same family, or train with `cross_entropy` on text that it wrote elsewhere."
         )
