@@ -50,6 +50,8 @@ def build_card(run: Mapping[str, Any], report: Mapping[str, Any]) -> str:
         recipe=recipe,
         lora=recipe["student"].get("lora"),
         is_hub=_is_hub(run),
+        origin=_origin(run),
+        kept=_kept(run),
         teacher=_teacher_words(recipe),
         teacher_accuracy=_teacher_accuracy(recipe, report.get("k_shot_details") or {}),
         terms=[_term(term) for term in run.get("objective") or recipe["loss"]["terms"]],
@@ -64,7 +66,22 @@ def build_card(run: Mapping[str, Any], report: Mapping[str, Any]) -> str:
 
 def _is_hub(run: Mapping[str, Any]) -> bool:
     source = (run.get("student") or {}).get("source")
-    return source == "hub" and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", run["recipe"]["student"]["model"]))
+    return source == "hub" and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", _origin(run)))
+
+
+def _origin(run: Mapping[str, Any]) -> str:
+    """Where the student's weights are from, be it a whole model or a part of one."""
+    student = run["recipe"]["student"]
+    return student["model"] or student["init"]["from"]
+
+
+def _kept(run: Mapping[str, Any]) -> str:
+    """Which blocks of the origin the student has, in words; nothing where it has all."""
+    student = run.get("student") or {}
+    kept = student.get("kept_layers")
+    if not kept:
+        return ""
+    return f"{len(kept)} of the {student['layers_before']} blocks ({', '.join(map(str, kept))}; counted from 0) of "
 
 
 def _metadata(run: Mapping[str, Any]) -> str:
@@ -73,7 +90,7 @@ def _metadata(run: Mapping[str, Any]) -> str:
     if student.get("lora"):
         tags.append("lora")
     data = ModelCardData(
-        base_model=student["model"] if _is_hub(run) else None,
+        base_model=_origin(run) if _is_hub(run) else None,
         library_name="peft" if student.get("lora") else "transformers",
         pipeline_tag="text-generation",
         tags=tags,
@@ -82,7 +99,7 @@ def _metadata(run: Mapping[str, Any]) -> str:
 
 
 def _title(run: Mapping[str, Any]) -> str:
-    model = run["recipe"]["student"]["model"].rstrip("/").split("/")[-1]
+    model = _origin(run).rstrip("/").split("/")[-1]
     data = run["recipe"]["data"]["train"]["path"].rstrip("/").split("/")[-1].rsplit(".", 1)[0]
     return f"{model}, distilled on {data}"
 

@@ -9,112 +9,20 @@ Shapes: N supervised rows, c rows of a chunk, V ids, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from hfkd.losses import TokenLoss
-from hfkd.rows import DenseRows, Head, RowLayout, TopKRows
-from hfkd.support import TokenChunk
-
-CHUNK_BYTES = 2**28
-"""What the two logit buffers of a chunk may take together when the number of rows is left to us."""
+from hfkd.plan import Chunk, Reader, Rows, Term
+from hfkd.rows import DenseRows, Head, TopKRows
+from hfkd.support import Tail, TokenChunk
 
 BLOCK_VALUES = 3 * 2**18
 """Logits that losses read at once on a CPU: small enough to stay in its cache between one elementwise step and the
 next.
 """
-
-Rows = Tensor | slice
-"""Rows of a chunk within all rows: a slice, or indices where rows were put into groups."""
-
-
-@dataclass(frozen=True)
-class Term:
-    """One summand of an objective.
-
-    Args:
-        name: How it is logged; unique within the objective.
-        loss: What it measures, nats per token.
-        weight: Its factor, >= 0.
-    """
-
-    name: str
-    loss: TokenLoss
-    weight: float = 1.0
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Rows that are projected together.
-
-    Args:
-        rows: Which rows.
-        readers: Terms (by number) and the blocks of the chunk that they read; None stands for blocks of any size.
-        counted: Whether agreement is counted here: rows are visited once for each grouping, but counted once.
-    """
-
-    rows: Rows
-    readers: list[tuple[list[int], list[slice] | None]]
-    counted: bool = True
-
-
-def plan_chunks(terms: Sequence[Term], layout: RowLayout, chunk_size: int | None, vocab_size: int) -> list[Chunk]:
-    """Decide what is projected together.
-
-    Terms that compare no rows read small blocks; a term that compares rows reads each of its groups whole. Groupings
-    that differ are projected separately, because their chunks can't be the same.
-
-    Args:
-        terms: The terms of the objective.
-        layout: Where the N rows come from.
-        chunk_size: The most rows of a chunk (a larger group is a chunk of its own); None chooses by memory.
-        vocab_size: V.
-    """
-    limit = chunk_size or max(16, CHUNK_BYTES // (8 * vocab_size))
-    free: list[int] = []
-    grouped: list[tuple[Tensor, list[int]]] = []
-    for number, term in enumerate(terms):
-        groups = term.loss.groups(layout)
-        if groups is None:
-            free.append(number)
-            continue
-        members = next((members for known, members in grouped if torch.equal(known, groups)), None)
-        if members is None:
-            grouped.append((groups, [number]))
-        else:
-            members.append(number)
-    if not grouped:
-        return [Chunk(rows, [(free, None)]) for rows in _even_slices(len(layout), limit)]
-    chunks = []
-    for position, (groups, members) in enumerate(grouped):
-        riders = [(free, None)] if free and position == 0 else []
-        chunks += [
-            Chunk(rows, [(members, blocks), *riders], counted=position == 0)
-            for rows, blocks in _whole_groups(groups, limit)
-        ]
-    return chunks
-
-
-def _even_slices(rows: int, limit: int) -> list[Rows]:
-    """Slices of nearly equal size, none above the limit; one empty slice where there are no rows."""
-    size = max(1, -(-rows // max(1, -(-rows // limit))))
-    return [slice(start, min(start + size, rows)) for start in range(0, max(rows, 1), size)]
-
-
-def _whole_groups(groups: Tensor, limit: int) -> Iterator[tuple[Rows, list[slice]]]:
-    """Indices of rows, a few whole groups at a time, and the extent of each group within them."""
-    order = torch.argsort(groups, stable=True)
-    start, filled, blocks = 0, 0, []
-    for size in torch.unique_consecutive(groups[order], return_counts=True)[1].tolist():
-        if blocks and filled + size > limit:
-            yield order[start : start + filled], blocks
-            start, filled, blocks = start + filled, 0, []
-        blocks.append(slice(filled, filled + size))
-        filled += size
-    yield order[start : start + filled], blocks
 
 
 class Run:
@@ -129,6 +37,12 @@ class Run:
         weights: [N] factors of the rows, or None.
         parameters: Parameters of the losses that learn.
         measure_agreement: Whether to count rows with the same likeliest token.
+        tail: What becomes of the mass outside a sparse teacher's ids.
+        read: What reads a block: `read_block`, or what `torch.compile` made of it.
+
+    Attributes:
+        measures: Sums over the rows of the figures that losses noted, by `<term>/<name>`.
+        agreed: The number of rows that agree, or None.
     """
 
     def __init__(
@@ -141,24 +55,19 @@ class Run:
         weights: Tensor | None,
         parameters: Sequence[nn.Parameter],
         measure_agreement: bool = False,
+        tail: Tail = "bucket",
+        read: ReadBlock | None = None,
     ) -> None:
-        self.terms, self.chunks, self.targets, self.weights, self.parameters = (
-            terms,
-            chunks,
-            targets,
-            weights,
-            parameters,
-        )
+        self.terms, self.chunks, self.targets, self.weights = terms, chunks, targets, weights
+        self.parameters, self.tail, self.read = parameters, tail, read or read_block
         self.head = head.detached()
         self.teacher = teacher
         if isinstance(teacher, DenseRows):
             states, head = teacher.hidden.detach(), teacher.head.detached()
             self.teacher = DenseRows(states, replace(head, weight=head.weight.to(states.dtype)))
-        self.agreed = (
-            torch.zeros((), dtype=torch.long, device=targets.device)
-            if measure_agreement and teacher is not None
-            else None
-        )
+        counting = measure_agreement and teacher is not None
+        self.agreed = torch.zeros((), dtype=torch.long, device=targets.device) if counting else None
+        self.measures: dict[str, Tensor] = {}
         self.with_gradient = torch.is_grad_enabled()
 
     def total(self, student: DenseRows) -> tuple[Tensor, list[Tensor]]:
@@ -186,26 +95,61 @@ class Run:
         for chunk in self.chunks:
             states = hidden[chunk.rows]
             logits = _product(states, weight, both[0])
-            teacher = self._teacher_chunk(chunk.rows, both[-1])
-            # The logits of a block aren't needed any more once its gradient is known, unless another reader comes.
-            gradient = logits if len(chunk.readers) == 1 else torch.zeros_like(logits)
-            for place, (members, blocks) in enumerate(chunk.readers):
-                count = self.agreed is not None and chunk.counted and place == 0
-                for block in blocks if blocks is not None else _small_blocks(logits):
-                    values, found = self._read(
-                        members, chunk.rows, block, logits[block].detach(), teacher, buffers, count
-                    )
-                    for member, value in zip(members, values, strict=True):
-                        sums[member] += value
-                    if found is None:
-                        continue
-                    if gradient is logits:
-                        gradient[block] = found
-                    else:
-                        gradient[block] += found
+            work = _Work(chunk, states, logits, self._teacher_chunk(chunk.rows, both[-1]))
+            for place, reader in enumerate(chunk.readers):
+                self._let_read(work, reader, buffers, sums, self.agreed is not None and chunk.counted and place == 0)
             if self.with_gradient:
-                buffers.accumulate(chunk.rows, states, gradient, weight)
+                buffers.accumulate(chunk.rows, states, work.gradient, work.beside, weight)
         return sums
+
+    def _let_read(self, work: _Work, reader: Reader, buffers: _Buffers, sums: list[Tensor], count: bool) -> None:
+        """Let one reader go over a chunk, and add up what it says."""
+        blocks = reader.blocks if reader.blocks is not None else _small_blocks(work.logits)
+        for place, block in enumerate(blocks):
+            group = reader.numbers[place] if reader.numbers is not None else None
+            chunk, inputs = self._open(work, reader, block, group, buffers.bias is not None)
+            rows = work.chunk.rows
+            weights = None if self.weights is None else self.weights[rows][block]
+            with torch.set_grad_enabled(self.with_gradient):
+                values = self.read([self.terms[member] for member in reader.members], chunk, weights)
+                factors = [self.terms[member].weight for member in reader.members]
+                total = sum(factor * value for factor, value in zip(factors, values, strict=True))
+            for member, value in zip(reader.members, values, strict=True):
+                sums[member] += value.detach()
+            self._note(chunk.measures)
+            if count:
+                self.agreed += chunk.agreement()
+            if self.with_gradient:
+                found = torch.autograd.grad(total, [*inputs.tensors, *self.parameters], allow_unused=True)
+                work.add(reader, block, found[0])
+                buffers.add(found[1:], inputs, rows, block)
+
+    def _open(
+        self, work: _Work, reader: Reader, block: slice, group: int | None, with_bias: bool
+    ) -> tuple[TokenChunk, _Inputs]:
+        """The block as its reader sees it, and what its gradient is asked for."""
+        head, theirs = self.head, work.teacher
+        if isinstance(theirs, TopKRows):
+            theirs = _cut(theirs, block)
+        elif theirs is not None:
+            theirs = self.teacher.head.finish(theirs[block])
+        leaf = work.logits[block].detach().requires_grad_(self.with_gradient)
+        hidden = bias = None
+        if reader.auxiliary:
+            hidden = work.states[block].detach().requires_grad_(self.with_gradient)
+        elif with_bias:
+            bias = head.bias.detach().requires_grad_()
+            head = replace(head, bias=bias)
+        with torch.set_grad_enabled(self.with_gradient):
+            logits = head.finish(leaf)
+        targets = self.targets[work.chunk.rows][block]
+        chunk = TokenChunk(targets, logits, theirs, tail=self.tail, hidden=hidden, group=group)
+        return chunk, _Inputs(leaf, bias, hidden)
+
+    def _note(self, measures: dict[str, Tensor]) -> None:
+        for name, values in measures.items():
+            total = values.sum()
+            self.measures[name] = self.measures[name] + total if name in self.measures else total
 
     @property
     def _dense(self) -> bool:
@@ -217,42 +161,68 @@ class Run:
             return _product(states, self.teacher.head.weight, buffer)
         return _cut(self.teacher, rows)
 
-    def _read(
-        self,
-        members: Sequence[int],
-        rows: Rows,
-        block: slice,
-        leaf: Tensor,
-        teacher: Tensor | TopKRows | None,
-        buffers: _Buffers,
-        count: bool,
-    ) -> tuple[list[Tensor], Tensor | None]:
-        """Let the terms read one block; returns their sums and the gradient of the block's products with the head."""
-        head, theirs = self.head, teacher
-        if isinstance(teacher, TopKRows):
-            theirs = _cut(teacher, block)
-        elif teacher is not None:
-            theirs = self.teacher.head.finish(teacher[block])
-        inputs = [leaf.requires_grad_(self.with_gradient)]
-        if buffers.bias is not None:
-            head = replace(head, bias=head.bias.detach().requires_grad_())
-            inputs.append(head.bias)
-        with torch.set_grad_enabled(self.with_gradient):
-            chunk = TokenChunk(self.targets[rows][block], head.finish(leaf), theirs)
-            values = [_row_values(self.terms[member], chunk) for member in members]
-            if self.weights is not None:
-                values = [value * self.weights[rows][block] for value in values]
-            values = [value.sum() for value in values]
-            total = torch.stack(
-                [self.terms[member].weight * value for member, value in zip(members, values, strict=True)]
-            ).sum()
-        if count:
-            self.agreed += chunk.agreement()
-        if not self.with_gradient:
-            return values, None
-        found = torch.autograd.grad(total, [*inputs, *self.parameters], allow_unused=True)
-        buffers.add(found[1:])
-        return [value.detach() for value in values], found[0]
+
+def read_block(terms: Sequence[Term], chunk: TokenChunk, weights: Tensor | None) -> list[Tensor]:
+    """What each term says of a block, summed over its rows.
+
+    Args:
+        terms: Who reads.
+        chunk: The n rows; what the terms note of it is left there under `<term>/<name>`.
+        weights: [n] factors of the rows, or None.
+    """
+    sums, noted = [], {}
+    for term in terms:
+        values = _row_values(term, chunk)
+        sums.append((values if weights is None else values * weights).sum())
+        noted |= {f"{term.name}/{name}": found for name, found in chunk.measures.items()}
+        chunk.measures = {}
+    chunk.measures = noted
+    return sums
+
+
+ReadBlock = Callable[[Sequence[Term], TokenChunk, Tensor | None], list[Tensor]]
+"""The form of `read_block`."""
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What a block's gradient is asked for: its products with the head, and the head's bias and the hidden states
+    where something learns from them.
+    """
+
+    logits: Tensor
+    bias: Tensor | None
+    hidden: Tensor | None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [one for one in (self.logits, self.bias, self.hidden) if one is not None]
+
+
+class _Work:
+    """A chunk in work: its logits, and the gradients of its products that are still to be carried on.
+
+    `gradient` goes to the head and to the hidden states, `beside` to the hidden states alone.
+    """
+
+    def __init__(self, chunk: Chunk, states: Tensor, logits: Tensor, teacher: Tensor | TopKRows | None) -> None:
+        self.chunk, self.states, self.logits, self.teacher = chunk, states, logits, teacher
+        plain = any(not reader.auxiliary for reader in chunk.readers)
+        # The logits of a block aren't needed any more once its gradient is known, unless another reader comes.
+        self.in_place = len(chunk.readers) == 1
+        fresh = logits if self.in_place else torch.zeros_like(logits)
+        self.gradient = fresh if plain else None
+        self.beside = None
+        if any(reader.auxiliary for reader in chunk.readers):
+            self.beside = torch.zeros_like(logits) if plain else fresh
+
+    def add(self, reader: Reader, block: slice, found: Tensor | None) -> None:
+        """Take the gradient of a block's products."""
+        kept = self.beside if reader.auxiliary else self.gradient
+        if self.in_place:
+            kept[block] = 0 if found is None else found
+        elif found is not None:
+            kept[block] += found
 
 
 def _row_values(term: Term, chunk: TokenChunk) -> Tensor:
@@ -277,6 +247,8 @@ def _product(states: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
     out = buffer[: states.shape[0]]
     if states.dtype == buffer.dtype:
         return torch.mm(states, weight.T, out=out)
+    if states.device.type == "cuda":
+        return torch.mm(states, weight.T, out_dtype=buffer.dtype, out=out)  # summed and kept in float32
     return out.copy_(torch.mm(states, weight.T))
 
 
@@ -303,20 +275,46 @@ class _Buffers:
         self.bias = torch.zeros(head.bias.shape, dtype=wide_dtype, device=hidden.device) if needed[2] else None
         self.parameters = [torch.zeros_like(parameter) for parameter in parameters]
 
-    def add(self, found: Sequence[Tensor | None]) -> None:
-        """Add the gradients of the bias (if it learns) and of the losses' parameters."""
-        buffers = ([] if self.bias is None else [self.bias]) + self.parameters
-        for buffer, gradient in zip(buffers, found, strict=True):
+    def add(self, found: Sequence[Tensor | None], inputs: _Inputs, rows: Rows, block: slice) -> None:
+        """Add the gradients of the bias, of the hidden states that were read directly, and of the losses' parameters,
+        each where there is one.
+        """
+        rest = iter(found)
+        if inputs.bias is not None and (gradient := next(rest)) is not None:
+            self.bias += gradient
+        if inputs.hidden is not None and (gradient := next(rest)) is not None and self.hidden is not None:
+            self.hidden[_within(rows, block)] += gradient
+        for buffer, gradient in zip(self.parameters, rest, strict=True):
             if gradient is not None:
                 buffer += gradient
 
-    def accumulate(self, rows: Rows, states: Tensor, gradient: Tensor, weight: Tensor) -> None:
+    def accumulate(
+        self, rows: Rows, states: Tensor, gradient: Tensor | None, beside: Tensor | None, weight: Tensor
+    ) -> None:
         """Carry the gradient of a chunk's products [c, V] on to the hidden states and to the head."""
+        if self.weight is not None and gradient is not None:
+            _add_product(self.weight, gradient, states)
         if self.hidden is not None:
+            if beside is not None:
+                gradient = beside if gradient is None else gradient.add_(beside)
             # A sum, because rows are visited once for each grouping.
             self.hidden[rows] += torch.mm(gradient.to(weight.dtype), weight)
-        if self.weight is not None:
-            self.weight.addmm_(gradient.T.to(self.weight.dtype), states.to(self.weight.dtype))
+
+
+def _add_product(total: Tensor, gradient: Tensor, states: Tensor) -> None:
+    """`total += gradient.T @ states`, summed in the type of `total`."""
+    if states.dtype == torch.bfloat16 and states.device.type == "cuda":
+        # Products of bfloat16 with float32 sums: as wide as needed, many times faster than float32 products.
+        total += torch.mm(gradient.T.to(states.dtype), states, out_dtype=total.dtype)
+    else:
+        total.addmm_(gradient.T.to(total.dtype), states.to(total.dtype))
+
+
+def _within(rows: Rows, block: slice) -> Rows:
+    """A block of a chunk's rows, within all rows."""
+    if isinstance(rows, slice):
+        return slice(rows.start + block.start, rows.start + block.stop)
+    return rows[block]
 
 
 class _GradientInForward(torch.autograd.Function):

@@ -24,6 +24,10 @@ class DistillationConfig(TrainingArguments):
         max_length: The most tokens of the student's view, prompt and answer together.
         teacher_max_length: The same for the teacher's view; None takes `max_length`.
         too_long: What happens to an example above its limit: `raise`, or `drop` (counted). Nothing is ever cut.
+        tail: What becomes of the mass outside a sparse teacher's ids: `bucket` (one more entry) or `renormalize`.
+        compile_losses: Let `torch.compile` fuse the elementwise steps of the losses; needs a C++ compiler on a CPU.
+        log_gradient_norms: Log the gradient norm of each term, at the price of one more backward pass a term on the
+            steps that are logged.
         log_agreement: Log on how many tokens student and teacher have the same likeliest token.
         model_init_kwargs: Arguments of `from_pretrained` where the student is given by name.
         run_policy: What to do with an output folder that holds another run: `refuse`, `resume` it or `overwrite` it
@@ -31,6 +35,9 @@ class DistillationConfig(TrainingArguments):
     """
 
     chunk_size: int | None = field(default=None, metadata={"help": "Supervised tokens projected at once."})
+    tail: str = field(default="bucket", metadata={"help": "bucket or renormalize."})
+    compile_losses: bool = field(default=False, metadata={"help": "Fuse the losses' elementwise steps."})
+    log_gradient_norms: bool = field(default=False, metadata={"help": "Log each term's gradient norm."})
     max_length: int = field(default=2048, metadata={"help": "The most tokens of the student's view."})
     teacher_max_length: int | None = field(default=None, metadata={"help": "The most tokens of the teacher's view."})
     too_long: str = field(default="raise", metadata={"help": "raise or drop."})
@@ -63,6 +70,9 @@ class DistillationConfig(TrainingArguments):
         )
         self._refuse(self.label_smoothing_factor > 0, "label_smoothing_factor is set; the objective doesn't use it")
         self._refuse(self.too_long not in ("raise", "drop"), f"too_long is {self.too_long!r}; expected raise or drop")
+        self._refuse(
+            self.tail not in ("bucket", "renormalize"), f"tail is {self.tail!r}; expected bucket or renormalize"
+        )
         self._refuse(
             self.run_policy not in RUN_POLICIES,
             f"run_policy is {self.run_policy!r}; expected one of {', '.join(RUN_POLICIES)}",

@@ -9,6 +9,10 @@ class HeadError(ValueError):
     """The output head of a model can't be read as `logits = cap(scale * (hidden @ weight.T + bias))`."""
 
 
+class StateError(ValueError):
+    """Hidden states of a layer can't be read from a model, or can't teach."""
+
+
 class UnsupportedCache(ValueError):
     """The key-value cache of an architecture can't be expanded to a batch, so a shared prefix can't be reused."""
 

@@ -22,10 +22,14 @@ class Meter:
 
     Args:
         device: Where the sums are kept.
+
+    Attributes:
+        gradients: The norm of each term's gradient on this process, when it was last measured; read once.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.gradients: dict[str, float] = {}
         self._sums: dict[str, torch.Tensor] = {}
         self._teacher_seconds = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
@@ -40,6 +44,8 @@ class Meter:
         self._count("tokens", torch.tensor(float(result.tokens), device=self.device))
         for name, part in result.parts.items():
             self._count(f"loss/{name}", part.detach().float())
+        for name, value in result.measures.items():
+            self._count(name, value.detach().float())
         if result.agreed is not None:
             self._count("agreed", result.agreed.float())
             self._count("measured", torch.tensor(float(result.tokens), device=self.device))
@@ -66,7 +72,8 @@ class Meter:
 
         Returns:
             `loss/<term>` (nats per token, before its weight), `speed/tokens_per_second` and `speed/teacher_share` (of
-            the wall time of this process), `teacher/agreement` (a fraction). Sums are taken over all processes, which
+            the wall time of this process), `teacher/agreement` (a fraction), `gradient/<term>` where it was measured,
+            and whatever losses noted, per token. Sums are taken over all processes, which
             must all call this.
         """
         elapsed = max(time.perf_counter() - self._started, 1e-9)
@@ -80,7 +87,8 @@ class Meter:
         logs["speed/teacher_share"] = min(1.0, self._teacher_time() / elapsed)
         if agreed is not None and measured > 0:
             logs["teacher/agreement"] = agreed / measured
-        self._sums, self._teacher_seconds, self._started = {}, 0.0, time.perf_counter()
+        logs |= {f"gradient/{name}": norm for name, norm in self.gradients.items()}
+        self._sums, self._teacher_seconds, self._started, self.gradients = {}, 0.0, time.perf_counter(), {}
         return logs
 
     def _reduced(self) -> dict[str, float]:
@@ -119,6 +127,8 @@ def per_token(sums: Sequence[LossSum], device: torch.device, agreement: bool) ->
     means = {"loss": mean(one.total for one in sums)}
     for name in sums[0].parts if sums else ():
         means[f"loss/{name}"] = mean(one.parts[name] for one in sums)
+    for name in sorted({name for one in sums for name in one.measures}):
+        means[name] = mean(one.measures.get(name, 0.0) for one in sums)
     if agreement:
         means["teacher/agreement"] = mean(one.agreed for one in sums)
     return means

@@ -6,21 +6,25 @@ that divides. How the rows are walked over is `hfkd.chunks`; which model or prom
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import math
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
-from typing import Any
+from typing import Any, get_args
 
+import torch
 from torch import Tensor, nn
 
-from hfkd.chunks import Run, Term, plan_chunks
+from hfkd.chunks import ReadBlock, Run, read_block
 from hfkd.errors import VocabularyError
-from hfkd.losses import LOSSES, TokenLoss
+from hfkd.losses import StateLoss, StateRows
+from hfkd.plan import plan_chunks, rows_that_fit
 from hfkd.rows import DenseRows, Head, RowLayout, TopKRows
 from hfkd.signal import TeacherSignal
+from hfkd.states import state_count, state_width
+from hfkd.support import Tail
+from hfkd.terms import Term, as_terms, check_terms
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -32,12 +36,14 @@ class LossSum:
         parts: Each term's own sum before its weight (nats), detached scalars.
         tokens: The number of rows.
         agreed: Rows on which student and teacher have the same likeliest token; None if it was not asked for.
+        measures: Other figures that were noted on the way, by the name that they are logged under, detached scalars.
     """
 
     total: Tensor
     parts: dict[str, Tensor] = field(default_factory=dict)
     tokens: int = 0
     agreed: Tensor | None = None
+    measures: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Objective(nn.Module):
@@ -45,29 +51,101 @@ class Objective(nn.Module):
 
     Args:
         terms: A short form (`"reverse_kl"`), a list of terms or of their recipe form (`{"kind": "forward_kl",
-            "weight": 0.5}`).
-        chunk_size: Rows projected at once; None chooses from the vocabulary's size. The value of the loss doesn't
-            depend on it.
+            "weight": 0.5}`). A weight may be a schedule (`hfkd.schedules.Schedule`).
+        chunk_size: Rows projected at once; None chooses from the vocabulary's size and the free memory. The value of
+            the loss doesn't depend on it.
+        tail: What becomes of the mass outside a sparse teacher's ids: `bucket`, one more entry on both sides, or
+            `renormalize`, which leaves the student free to put any mass there.
+        compile_losses: Let `torch.compile` fuse the elementwise steps of the terms. Takes some seconds at the first
+            step, and a C++ compiler on a CPU.
 
     Raises:
         ValueError: No term, a negative weight, weights that sum to nothing, or a loss that must not stand alone does.
     """
 
-    def __init__(self, terms: str | Sequence[Term | Mapping[str, Any]], chunk_size: int | None = None) -> None:
+    def __init__(
+        self,
+        terms: str | Sequence[Term | Mapping[str, Any]],
+        chunk_size: int | None = None,
+        tail: Tail = "bucket",
+        compile_losses: bool = False,
+    ) -> None:
         super().__init__()
-        self.terms = _as_terms(terms)
-        _check_terms(self.terms, chunk_size)
-        self.chunk_size = chunk_size
+        self.terms = as_terms(terms)
+        check_terms(self.terms)
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"chunk_size is {chunk_size}; expected at least 1 row, or null to have it chosen.")
+        if tail not in get_args(Tail):
+            raise ValueError(f"tail is {tail!r}; expected one of {', '.join(get_args(Tail))}.")
+        if tail == "renormalize":
+            logger.warning(
+                "tail is 'renormalize': on a sparse teacher's rows the student may put any mass outside the teacher's "
+                "ids at no cost. 'bucket' charges it."
+            )
+        self.chunk_size, self.tail, self.compile_losses = chunk_size, tail, compile_losses
         self.losses = nn.ModuleList(term.loss for term in self.terms)
+        self._room: int | None = None
+        self._read: ReadBlock = read_block
 
     @property
     def needs(self) -> frozenset[str]:
         """What the terms ask a teacher for."""
         return frozenset().union(*(term.loss.needs for term in self.terms))
 
+    @property
+    def layers(self) -> tuple[list[int], list[int]]:
+        """The states of student and teacher that the terms read, as numbers of `hidden_states`; after `prepare`."""
+        pairs = [pair for loss in self.losses if isinstance(loss, StateLoss) for pair in loss.pairs]
+        return sorted({ours for ours, _ in pairs}), sorted({theirs for _, theirs in pairs})
+
+    def prepare(self, student: nn.Module, teacher: nn.Module | None = None) -> None:
+        """Let the losses make what depends on the models' shapes; once, before the optimizer is made.
+
+        Args:
+            student: The student, before it is wrapped.
+            teacher: The teacher's model; only losses on states need it.
+
+        Raises:
+            ValueError: A term reads states and there is no teacher's model, or its layers don't fit the models.
+        """
+        vocab_size = Head.of(student).vocab_size
+        for term in self.terms:
+            if not isinstance(term.loss, StateLoss):
+                term.loss.prepare(state_width(student), vocab_size)
+                continue
+            if teacher is None:
+                raise ValueError(
+                    f"The term {term.name!r} compares hidden states, and this teacher has no model to take them from. "
+                    "Use a teacher that is a model in memory, or leave the term out."
+                )
+            sizes = state_count(student), state_count(teacher), state_width(student), state_width(teacher)
+            term.loss.prepare(*sizes)
+
+    def set_step(self, step: int, total: int | None = None) -> None:
+        """Put the weights and temperatures of this step in force.
+
+        Args:
+            step: Optimizer steps made so far.
+            total: Those of the whole run, for schedules that end with it.
+        """
+        self.terms = [term.at(step, total) for term in self.terms]
+        for term in self.terms:
+            if not isinstance(term.loss, StateLoss):
+                term.loss.set_step(step, total)
+
+    def alone(self, name: str) -> Objective:
+        """One term with its weight in force, sharing its loss: for asking what it does by itself."""
+        one = Objective.__new__(Objective)
+        nn.Module.__init__(one)
+        one.terms = [term for term in self.terms if term.name == name]
+        one.chunk_size, one.tail, one.compile_losses = self.chunk_size, self.tail, False
+        one.losses = nn.ModuleList(term.loss for term in one.terms)
+        one._room, one._read = self._room, read_block
+        return one
+
     def describe(self) -> list[dict[str, Any]]:
         """The terms as plain data, for the run record and the card."""
-        return [{"name": term.name, "weight": term.weight, **term.loss.describe()} for term in self.terms]
+        return [term.describe() for term in self.terms]
 
     def forward(
         self,
@@ -77,6 +155,7 @@ class Objective(nn.Module):
         weights: Tensor | None = None,
         layout: RowLayout | None = None,
         measure_agreement: bool = False,
+        states: Mapping[int, Tensor] | None = None,
     ) -> LossSum:
         """Sum the terms over all rows.
 
@@ -87,6 +166,7 @@ class Objective(nn.Module):
             weights: [N] factors of the rows; None means 1.
             layout: Where the rows come from, for losses that compare rows of a sequence or of a position.
             measure_agreement: Whether to count rows with the same likeliest token.
+            states: [N, H] the student's states by their number, for losses on states.
 
         Raises:
             ValueError: The rows of student, teacher, targets or weights differ in number.
@@ -94,102 +174,89 @@ class Objective(nn.Module):
         """
         teacher = None if signal is None else signal.rows
         _check_rows(student, teacher, targets, weights)
-        student_head, teacher = _shared_vocabulary(student.head, teacher, targets)
-        layout = layout or RowLayout.single(len(student), targets.device)
-        chunks = plan_chunks(self.terms, layout, self.chunk_size, student_head.vocab_size)
-        learned = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        run = Run(self.terms, chunks, student_head, teacher, targets, weights, learned, measure_agreement)
-        total, parts = run.total(DenseRows(student.hidden, student_head))
-        return LossSum(
-            total, {term.name: part for term, part in zip(self.terms, parts, strict=True)}, len(student), run.agreed
-        )
+        layout = replace(layout or RowLayout.single(len(student), targets.device), targets=targets)
+        rows_of_states = None
+        if any(isinstance(term.loss, StateLoss) for term in self.terms):
+            rows_of_states = _state_rows(states, signal, layout, targets)
+        head, teacher = _shared_vocabulary(student.head, teacher, targets)
+        run = self._run(head, teacher, targets, weights, layout, measure_agreement)
+        totals, parts = [], {}
+        if run.terms:
+            total, sums = run.total(DenseRows(student.hidden, head))
+            totals, parts = [total], {term.name: part for term, part in zip(run.terms, sums, strict=True)}
+        for term in self.terms:
+            if isinstance(term.loss, StateLoss):
+                value = _state_sum(term, rows_of_states, weights)
+                totals.append(term.weight * value)
+                parts[term.name] = value.detach()
+        measures = {f"loss/{name}": value for name, value in run.measures.items()}
+        if isinstance(teacher, TopKRows):
+            measures["teacher/captured_mass"] = teacher.log_probs.float().logsumexp(dim=-1).exp().sum()
+        parts = {term.name: parts[term.name] for term in self.terms}
+        return LossSum(torch.stack(totals).sum(), parts, len(student), run.agreed, measures)
+
+    def _run(
+        self,
+        head: Head,
+        teacher: DenseRows | TopKRows | None,
+        targets: Tensor,
+        weights: Tensor | None,
+        layout: RowLayout,
+        measure_agreement: bool,
+    ) -> Run:
+        """The walk of the terms on tokens."""
+        terms = [term for term in self.terms if not isinstance(term.loss, StateLoss)]
+        if self.chunk_size is None and self._room is None:
+            self._room = rows_that_fit(head.vocab_size, targets.device)  # once, so that a step repeats to the last bit
+        if self.compile_losses and self._read is read_block:
+            self._read = torch.compile(read_block, dynamic=False)
+        chunks = plan_chunks(terms, layout, self.chunk_size or self._room)
+        learned = [parameter for term in terms for parameter in term.loss.parameters() if parameter.requires_grad]
+        options = {"measure_agreement": measure_agreement, "tail": self.tail, "read": self._read}
+        return Run(terms, chunks, head, teacher, targets, weights, learned, **options)
 
 
 def build_objective(
-    spec: str | Objective | Sequence[Term | Mapping[str, Any]], chunk_size: int | None = None
+    spec: str | Objective | Sequence[Term | Mapping[str, Any]],
+    chunk_size: int | None = None,
+    tail: Tail = "bucket",
+    compile_losses: bool = False,
 ) -> Objective:
     """Make an objective from its short or recipe form; one that is ready is returned as it is.
 
     Args:
         spec: `"forward_kl"`, a list of `{"kind": ..., "weight": ..., ...}`, or an `Objective`.
-        chunk_size: See `Objective`.
+        chunk_size: See `Objective`, as for the rest.
+        tail: What becomes of the mass outside a sparse teacher's ids.
+        compile_losses: Whether to fuse elementwise steps.
     """
-    return spec if isinstance(spec, Objective) else Objective(spec, chunk_size)
+    return spec if isinstance(spec, Objective) else Objective(spec, chunk_size, tail, compile_losses)
 
 
-def loss_class(kind: str) -> type[TokenLoss]:
-    """Find a loss by its recipe key, or by `package.module:Class` for one of the user's own.
-
-    Raises:
-        ValueError: There is no such loss (near names are listed), or the class is not a `TokenLoss`.
-    """
-    if kind in LOSSES:
-        return LOSSES[kind]
-    if ":" not in kind:
-        near = get_close_matches(kind, LOSSES, n=3)
-        hint = f"Did you mean {' or '.join(near)}? " if near else ""
+def _state_rows(
+    states: Mapping[int, Tensor] | None, signal: TeacherSignal | None, layout: RowLayout, targets: Tensor
+) -> StateRows:
+    if states is None or signal is None or signal.states is None:
+        lacking = "the student's" if states is None else "the teacher's"
         raise ValueError(
-            f"There is no loss {kind!r}. {hint}Known: {', '.join(LOSSES)}; your own is named as package.module:Class."
+            f"A term compares hidden states, but {lacking} weren't recorded. Pass `states=` of the student and a "
+            "signal with `states` (the trainer does), or leave the term out."
         )
-    module_name, _, class_name = kind.partition(":")
-    found = getattr(importlib.import_module(module_name), class_name, None)
-    if not (isinstance(found, type) and issubclass(found, TokenLoss)):
+    head = signal.rows.head if isinstance(signal.rows, DenseRows) else None
+    return StateRows(states, signal.states, layout, targets, head)
+
+
+def _state_sum(term: Term, rows: StateRows, weights: Tensor | None) -> Tensor:
+    """A term on states, summed over the rows, in float32 whatever autocast says."""
+    device = next(iter(rows.student.values())).device
+    with torch.autocast(device.type, enabled=False):
+        values = term.loss(rows)
+    if values.shape != rows.targets.shape:
         raise ValueError(
-            f"{kind} is {found!r}; expected a subclass of hfkd.losses.TokenLoss (most derive from Divergence)."
+            f"The loss {term.name!r} returned a tensor of shape {list(values.shape)} for {len(rows.targets)} tokens; "
+            f"expected one value per token, [{len(rows.targets)}]."
         )
-    return found
-
-
-def _as_terms(terms: str | Sequence[Term | Mapping[str, Any]]) -> list[Term]:
-    if isinstance(terms, (str, Mapping, Term, TokenLoss)):
-        terms = [terms]
-    made: list[Term] = []
-    for term in terms:
-        if isinstance(term, str):
-            term = {"kind": term}
-        if isinstance(term, TokenLoss):
-            term = Term(term.key, term)
-        if isinstance(term, Mapping):
-            options = dict(term)
-            if "kind" not in options:
-                raise ValueError(f"The term {options} has no `kind`. Name the loss: one of {', '.join(LOSSES)}.")
-            kind, weight, name = options.pop("kind"), options.pop("weight", 1.0), options.pop("name", None)
-            cls = loss_class(kind)
-            term = Term(name or cls.key, _make_loss(cls, options), float(weight))
-        made.append(term)
-    return made
-
-
-def _make_loss(cls: type[TokenLoss], options: Mapping[str, Any]) -> TokenLoss:
-    # Without an __init__ of its own a loss has nn.Module's, which seems to take everything.
-    bare = cls.__init__ is nn.Module.__init__
-    known = {} if bare else inspect.signature(cls).parameters
-    takes_all = any(one.kind is one.VAR_KEYWORD for one in known.values())
-    unknown = [name for name in options if name not in known]
-    if unknown and not takes_all:
-        near = get_close_matches(unknown[0], known, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise ValueError(f"{cls.key} has no setting {unknown[0]!r}.{hint} It has: {', '.join(known) or 'none'}.")
-    return cls(**options)
-
-
-def _check_terms(terms: Sequence[Term], chunk_size: int | None) -> None:
-    names = [term.name for term in terms]
-    if len(set(names)) != len(names):
-        raise ValueError(f"Two terms share a name: {names}. Give each its own with `name`.")
-    weights = [term.weight for term in terms]
-    if not any(weight > 0 for weight in weights) or not all(0 <= weight < math.inf for weight in weights):
-        raise ValueError(f"The weights are {weights}; expected finite numbers, none below 0 and at least one above.")
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size}; expected at least 1 row, or null to have it chosen.")
-    company = [term for term in terms if term.weight > 0 and term.loss.may_stand_alone]
-    if not company:
-        lonely = [term.name for term in terms if term.weight > 0]
-        raise ValueError(
-            f"{lonely} would stand alone, but it can't tell a student that gives every row its own answer from one "
-            f"that gives it a "
-            "neighbour's. Add a term such as forward_kl or cross_entropy, or pass `alone: true` if you mean it."
-        )
+    return (values if weights is None else values * weights).sum()
 
 
 def _check_rows(

@@ -292,10 +292,12 @@ class RowLayout:
     Args:
         sequence: [N] the row of the batch that each token belongs to.
         position: [N] its place among the supervised tokens of that sequence, from 0.
+        targets: [N] the ids that the tokens really have; None where nobody asked.
     """
 
     sequence: Tensor
     position: Tensor
+    targets: Tensor | None = None
 
     def __len__(self) -> int:
         return self.sequence.shape[0]

@@ -6,14 +6,20 @@ that is its purpose.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from hfkd.rows import DenseRows, TopKRows
 
 DISTRIBUTION = "distribution"
 """The teacher's distribution over the next token, for each supervised token."""
 
-NEEDS = frozenset({DISTRIBUTION})
+STATES = "states"
+"""The teacher's hidden states of some layers (see `hfkd.states`), for each supervised token."""
+
+NEEDS = frozenset({DISTRIBUTION, STATES})
 """Everything that a loss can ask a teacher for."""
 
 
@@ -23,6 +29,9 @@ class TeacherSignal:
 
     Args:
         rows: Its distributions, in the order of the student's supervised tokens; None where nothing asked for them.
+        states: [N, H] its hidden states of each layer that was asked for, in the same order; None where no loss reads
+            states.
     """
 
     rows: DenseRows | TopKRows | None = None
+    states: Mapping[int, Tensor] | None = None

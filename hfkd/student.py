@@ -1,20 +1,27 @@
-"""The student: loading it, giving it an adapter, and making sure that its output head is read rightly.
+"""The student: loading it, cutting it out of a larger model, giving it an adapter, and checking its output head.
 
 Nothing here trains.
 """
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import PreTrainedTokenizerBase
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hfkd.batch import Batch
 from hfkd.config import DistillationConfig
 from hfkd.loading import load_causal_lm
 from hfkd.rows import Head, decode
+
+_OWN_NUMBER = ("layer_idx", "layer_id", "layer_number")
+# Of a block's plain attributes those that say nothing of what it computes.
+_INCIDENTAL = (*_OWN_NUMBER, "training", "gradient_checkpointing")
 
 
 def make_student(model: Any, peft_config: Any, args: DistillationConfig) -> nn.Module:
@@ -67,3 +74,134 @@ def check_head(model: nn.Module, batch: Batch, tokens: int = 16) -> None:
     logits = model(input_ids=ids, attention_mask=mask).logits[0]
     if bool(torch.isfinite(logits).all()):  # if not, the loss will be no number, and its error says more
         Head.of(model).check(hidden, logits)
+
+
+def keep_layers(model: PreTrainedModel, layers: int | Sequence[int]) -> PreTrainedModel:
+    """Make a smaller model out of some of the decoder blocks of another; all else is copied whole.
+
+    Args:
+        model: A causal LM without an adapter; it stays as it is.
+        layers: Numbers of the blocks to keep, from 0 and rising; or how many to keep, spread evenly from the first
+            block to the last, which are always kept.
+
+    Returns:
+        A new model that shares no memory with the old one. Its configuration has the new number of blocks, and what
+        it lists block by block, cut alike; `kept_layers` reads from it what was kept.
+
+    Raises:
+        ValueError: The model hasn't these blocks, or its architecture gives a block another task by its number.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"vocab_size": 32, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+        >>> large = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=6))
+        >>> small = keep_layers(large, 3)
+        >>> small.config.num_hidden_layers, kept_layers(small.config)
+        (3, ([0, 3, 5], 6))
+    """
+    if hasattr(model, "peft_config") or getattr(model, "is_quantized", False):
+        raise ValueError("the model has an adapter or quantised weights; cut the plain model, then add them")
+    path, blocks = _blocks(model)
+    numbers = _numbers(layers, len(blocks))
+    config = _cut_config(model.config, numbers, len(blocks))
+    with torch.random.fork_rng(devices=[]):  # what is drawn here is written over
+        small = type(model)._from_config(
+            config, dtype=model.dtype, attn_implementation=model.config._attn_implementation
+        )
+    _check_alike(blocks, _blocks(small)[1], numbers)
+    small.load_state_dict(dict(_renamed(model.state_dict(), f"{path}.", numbers)))
+    if model.generation_config is not None:
+        small.generation_config = copy.deepcopy(model.generation_config)
+    return small.to(model.device).train(model.training)
+
+
+def kept_layers(config: PreTrainedConfig) -> tuple[list[int], int] | None:
+    """What `keep_layers` kept: the numbers that the blocks had, and how many there were; None for a whole model."""
+    kept = getattr(config, "kept_layers", None)
+    return (list(kept["numbers"]), int(kept["of"])) if kept else None
+
+
+def _blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The decoder's blocks, and what the names of their weights begin with."""
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    ]
+    depths = [name.count(".") for name, _ in found]
+    if model.config.is_encoder_decoder or depths.count(min(depths, default=0)) != 1:
+        raise ValueError(f"{type(model).__name__} has no one list of {count} decoder blocks, so none can be taken out")
+    return found[depths.index(min(depths))]
+
+
+def _numbers(layers: int | Sequence[int], count: int) -> list[int]:
+    """The block numbers that are meant, held against how many there are."""
+    if isinstance(layers, int) and not isinstance(layers, bool):
+        if not 2 <= layers <= count:
+            raise ValueError(
+                f"got {layers}; expected 2 to {count} of the {count} blocks (the first and the last are always kept; "
+                "[0] keeps the first alone)"
+            )
+        return [(2 * place * (count - 1) + layers - 1) // (2 * (layers - 1)) for place in range(layers)]
+    numbers = list(layers) if isinstance(layers, Sequence) and not isinstance(layers, str) else []
+    whole = bool(numbers) and all(type(number) is int and 0 <= number < count for number in numbers)
+    if not whole or numbers != sorted(set(numbers)):
+        raise ValueError(
+            f"got {layers!r}; expected numbers from 0 to {count - 1}, each larger than the one before: the model "
+            f"has {count} blocks"
+        )
+    return numbers
+
+
+def _cut_config(config: PreTrainedConfig, numbers: Sequence[int], count: int) -> PreTrainedConfig:
+    """The configuration of the smaller model, as it will be when it is read from a file."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    for name, value in list(vars(text).items()):
+        if not isinstance(value, list | tuple):
+            continue
+        if name == "mlp_only_layers":  # numbers of blocks, not an entry for each
+            setattr(text, name, [new for new, old in enumerate(numbers) if old in value])
+        elif len(value) == count and any(word in name for word in ("layer", "block", "heads", "intermediate")):
+            setattr(text, name, [value[number] for number in numbers])
+    text.num_hidden_layers = len(numbers)
+    config.kept_layers = {"numbers": list(numbers), "of": count}
+    try:
+        read = type(config).from_dict(config.to_dict())
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise ValueError(f"{type(config).__name__} can't describe a model of these blocks: {error}") from error
+    read._name_or_path = config._name_or_path
+    return read
+
+
+def _check_alike(before: nn.ModuleList, after: nn.ModuleList, numbers: Sequence[int]) -> None:
+    """Refuse a block that does something else under its new number: another kind of attention, another scale."""
+    for new, old in enumerate(numbers):
+        pairs = zip(before[old].named_modules(), after[new].named_modules(), strict=False)
+        for (name, module), (other_name, other) in pairs:
+            if (name, type(module)) != (other_name, type(other)):
+                raise ValueError(_moved(old, new, name, type(module).__name__, type(other).__name__))
+            for key, value in vars(module).items():
+                plain = isinstance(value, int | float | str | None) and key not in _INCIDENTAL and key[0] != "_"
+                if plain and getattr(other, key, value) != value:
+                    raise ValueError(_moved(old, new, f"{name}.{key}".strip("."), value, getattr(other, key)))
+
+
+def _moved(old: int, new: int, name: str, value: Any, other: Any) -> str:
+    return (
+        f"block {old} would become block {new}, and this architecture decides by the number what a block does: "
+        f"{name} is {value} and would be {other}; keep blocks whose new number means the same, or the first ones"
+    )
+
+
+def _renamed(state: Mapping[str, Tensor], prefix: str, numbers: Sequence[int]) -> Iterator[tuple[str, Tensor]]:
+    """The weights under the names that they have in the smaller model."""
+    places = {str(old): str(new) for new, old in enumerate(numbers)}
+    for name, weight in state.items():
+        if not name.startswith(prefix):
+            yield name, weight
+            continue
+        number, _, rest = name.removeprefix(prefix).partition(".")
+        if number in places:
+            yield f"{prefix}{places[number]}.{rest}", weight

@@ -3,11 +3,14 @@
 The support is the whole vocabulary where the teacher's rows are dense, or the teacher's top-k ids plus one tail bucket
 where they are sparse. A `TokenChunk` holds logits of a handful of rows, made by the objective's chunk runner, and
 hands out log-probabilities in float32. It doesn't know where they come from or what becomes of the loss.
+
+Shapes: n tokens, V ids, K ids of a sparse teacher, S entries of a support, U ids that several rows share.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +19,11 @@ from hfkd.rows import LOWEST, TopKRows
 
 SMALLEST_TAIL = math.log(2.0**-24)
 """The log-probability that a sparse teacher's tail has at least, because its float32 log-probabilities can't tell."""
+
+Tail = Literal["bucket", "renormalize"]
+"""What becomes of the mass outside a sparse teacher's ids: one more entry, or nothing, both sides summing to 1 without
+it.
+"""
 
 
 def wide(values: Tensor) -> Tensor:
@@ -30,10 +38,23 @@ class TokenChunk:
         targets: [n] the ids that the tokens really have.
         student_logits: [n, V] the student's logits.
         teacher: [n, V] the teacher's logits, its `TopKRows` of n rows, or None for losses that need no teacher.
+        tail: What becomes of the mass outside the ids of a sparse teacher.
+        hidden: [n, H] the student's last hidden states, for losses with a head of their own; else None.
+        group: The number of the group that these rows are, for losses that compare rows; else None.
     """
 
-    def __init__(self, targets: Tensor, student_logits: Tensor, teacher: Tensor | TopKRows | None = None) -> None:
-        self.targets = targets
+    def __init__(
+        self,
+        targets: Tensor,
+        student_logits: Tensor,
+        teacher: Tensor | TopKRows | None = None,
+        *,
+        tail: Tail = "bucket",
+        hidden: Tensor | None = None,
+        group: int | None = None,
+    ) -> None:
+        self.targets, self.hidden, self.group, self.tail = targets, hidden, group, tail
+        self.measures: dict[str, Tensor] = {}
         self._student_logits = wide(student_logits)
         self._teacher = teacher if isinstance(teacher, TopKRows) or teacher is None else wide(teacher)
         self._student: dict[float, Tensor] = {}
@@ -57,6 +78,18 @@ class TokenChunk:
     def __len__(self) -> int:
         return self.targets.shape[0]
 
+    @property
+    def sparse(self) -> bool:
+        """Whether each row has a support of its own (top-k ids), so that entries of two rows can't be compared."""
+        return isinstance(self._teacher, TopKRows)
+
+    @property
+    def vocab_size(self) -> int:
+        """The number V of ids."""
+        return self._student_logits.shape[-1]
+
+    # --- distributions
+
     def student_log_probs(self, temperature: float = 1.0) -> Tensor:
         """The student's distribution over the whole vocabulary.
 
@@ -67,7 +100,7 @@ class TokenChunk:
             [n, V] log-probabilities (nats).
         """
         if temperature not in self._student:
-            self._student[temperature] = _log_softmax(self._student_logits, temperature)
+            self._student[temperature] = torch.log_softmax(_divided(self._student_logits, temperature), dim=-1)
         return self._student[temperature]
 
     def target_log_probs(self) -> Tensor:
@@ -82,43 +115,127 @@ class TokenChunk:
 
         Returns:
             Student and teacher, [n, S] each, S = V for a dense teacher and K + 1 for a sparse one (the last entry is
-            the tail).
+            the tail; S = K without a tail).
 
         Raises:
             ValueError: There is no teacher, or its sparse rows were taken at another temperature.
         """
-        if self._teacher is None:
-            raise ValueError(
-                "This loss compares with a teacher, but the teacher gave no distribution. Give one, or use "
-                "cross_entropy."
-            )
         if temperature not in self._pairs:
-            if isinstance(self._teacher, TopKRows):
-                self._pairs[temperature] = self._sparse(self._teacher, temperature)
+            teacher = self._given()
+            if isinstance(teacher, TopKRows):
+                pair = self._listed(teacher.ids, self._known(teacher, temperature), temperature)
             else:
-                self._pairs[temperature] = (
-                    self.student_log_probs(temperature),
-                    _log_softmax(self._teacher, temperature),
-                )
+                pair = self.student_log_probs(temperature), torch.log_softmax(_divided(teacher, temperature), dim=-1)
+            self._pairs[temperature] = pair
         return self._pairs[temperature]
 
-    @property
-    def sparse(self) -> bool:
-        """Whether each row has a support of its own (top-k ids), so that entries of two rows can't be compared."""
-        return isinstance(self._teacher, TopKRows)
+    def top_log_probs(self, k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Both distributions on the teacher's k likeliest ids, the likeliest first, and the rest as one tail entry.
+
+        Args:
+            k: How many ids; no more than the teacher lists are taken.
+            temperature: Divides both models' logits, > 0.
+
+        Returns:
+            Student and teacher, [n, k + 1] each; without a tail where the k ids are all there are, or where it is left
+            out by `tail`.
+        """
+        teacher, ids = self._given(), self.top_ids(k)
+        if isinstance(teacher, TopKRows):
+            places = self.top(k)
+            return self._listed(ids, self._known(teacher, temperature).gather(-1, places), temperature)
+        theirs = _cut_to(_divided(teacher, temperature), ids)
+        return _cut_to(_divided(self._student_logits, temperature), ids), theirs
+
+    def shared_log_probs(self, k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Both distributions with all rows on the same ids: each id that is among the k likeliest of any row, on
+        either side. What lies elsewhere is left out, so that rows sum to less than 1.
+
+        Args:
+            k: Likeliest ids of each row.
+            temperature: Divides both models' logits, > 0.
+
+        Returns:
+            Student and teacher, [n, U] each, ids ascending. An id that a row of a sparse teacher doesn't list counts
+            as impossible there.
+        """
+        teacher = self._given()
+        ours = self._student_logits.detach().topk(min(k, self.vocab_size), dim=-1).indices
+        ids = torch.cat([ours.flatten(), self.top_ids(k).flatten()]).unique()
+        student = _on_shared(_divided(self._student_logits, temperature), ids)
+        if not isinstance(teacher, TopKRows):
+            return student, _on_shared(_divided(teacher, temperature), ids)
+        places = torch.searchsorted(ids, teacher.ids).clamp(max=len(ids) - 1)
+        here = ids[places] == teacher.ids
+        spread = student.new_full((len(self), len(ids) + 1), LOWEST)
+        spread.scatter_(-1, torch.where(here, places, len(ids)), self._known(teacher, temperature).to(student.dtype))
+        return student, spread[:, :-1]
+
+    # --- logits and places
+
+    def logits(self) -> tuple[Tensor, Tensor]:
+        """The logits of both models, up to a constant in each row.
+
+        Returns:
+            Student and teacher: [n, V] each for a dense teacher; of a sparse one [n, K], its ids only, its own
+            temperature taken out.
+        """
+        teacher = self._given()
+        if isinstance(teacher, TopKRows):
+            known = wide(teacher.log_probs).clamp(min=LOWEST) * teacher.temperature
+            return self._student_logits.gather(-1, teacher.ids), known
+        return self._student_logits, teacher
+
+    def top(self, k: int) -> Tensor:
+        """[n, min(k, S)] the columns of `logits` that the teacher finds likeliest, the likeliest first."""
+        teacher = self._given()
+        values = teacher.log_probs if isinstance(teacher, TopKRows) else teacher
+        return values.topk(min(k, values.shape[-1]), dim=-1).indices
+
+    def top_ids(self, k: int) -> Tensor:
+        """[n, min(k, S)] the ids that the teacher finds likeliest, the likeliest first."""
+        places = self.top(k)
+        return self._teacher.ids.gather(-1, places) if isinstance(self._teacher, TopKRows) else places
+
+    def target_places(self) -> Tensor:
+        """[n] the column of each target in the support of `log_probs`; that of the tail where it isn't listed.
+
+        Raises:
+            ValueError: A target isn't listed and there is no tail.
+        """
+        return self._places(self._teacher.ids) if self.sparse else self.targets
+
+    def top_places(self, k: int) -> Tensor:
+        """[n] the column of each target in the support of `top_log_probs(k)`."""
+        return self._places(self.top_ids(k))
 
     def agreement(self) -> Tensor | None:
         """The number of rows whose likeliest token is the teacher's likeliest, as a scalar; None without a teacher."""
         if self._teacher is None:
             return None
-        best = self._student_logits.argmax(dim=-1)
-        if isinstance(self._teacher, TopKRows):
-            theirs = self._teacher.ids.gather(-1, self._teacher.log_probs.argmax(dim=-1, keepdim=True))[:, 0]
-        else:
-            theirs = self._teacher.argmax(dim=-1)
-        return (best == theirs).sum()
+        return (self._student_logits.argmax(dim=-1) == self.top_ids(1)[:, 0]).sum()
 
-    def _sparse(self, teacher: TopKRows, temperature: float) -> tuple[Tensor, Tensor]:
+    def measure(self, name: str, values: Tensor) -> None:
+        """Note a figure for the log.
+
+        Args:
+            name: It becomes `loss/<term>/<name>`.
+            values: [n], one for each token; the log shows their mean.
+        """
+        self.measures[name] = values.detach()
+
+    # --- inside
+
+    def _given(self) -> Tensor | TopKRows:
+        if self._teacher is None:
+            raise ValueError(
+                "This loss compares with a teacher, but the teacher gave no distribution. Give one, or use "
+                "cross_entropy."
+            )
+        return self._teacher
+
+    def _known(self, teacher: TopKRows, temperature: float) -> Tensor:
+        """[n, K] what a sparse teacher says of its ids."""
         if temperature != teacher.temperature:
             raise ValueError(
                 f"The loss has temperature {temperature}, but the teacher's top-k rows were taken at temperature "
@@ -126,17 +243,53 @@ class TokenChunk:
                 "they can't be converted, because what is left of the mass is unknown. Use the same temperature for "
                 "both."
             )
-        logits = self._student_logits if temperature == 1.0 else self._student_logits / temperature
-        normaliser = logits.logsumexp(dim=-1, keepdim=True)
-        head = logits.gather(-1, teacher.ids) - normaliser
-        known = wide(teacher.log_probs).clamp(min=LOWEST)
-        if teacher.ids.shape[-1] == teacher.vocab_size:
-            return head, known  # nothing is left for a tail, and rounding must not be taken for mass
-        tail = logits.scatter(-1, teacher.ids, LOWEST).logsumexp(dim=-1, keepdim=True) - normaliser
-        # One minus a sum that is nearly one: below float32's resolution the tail's mass isn't known to be zero.
-        rest = torch.log1p(-known.logsumexp(dim=-1, keepdim=True).exp().clamp(max=1.0)).clamp(min=SMALLEST_TAIL)
-        return torch.cat([head, tail], dim=-1), torch.cat([known, rest], dim=-1)
+        return wide(teacher.log_probs).clamp(min=LOWEST)
+
+    def _listed(self, ids: Tensor, known: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """The student on the ids of a sparse teacher, and what that says of them, each with its tail."""
+        logits = _divided(self._student_logits, temperature)
+        if ids.shape[-1] == logits.shape[-1]:
+            return _cut_to(logits, ids), known  # nothing is left for a tail: rounding must not be taken for mass
+        if self.tail == "renormalize":
+            return torch.log_softmax(logits.gather(-1, ids), dim=-1), torch.log_softmax(known, dim=-1)
+        return _cut_to(logits, ids), torch.cat([known, _rest(known)[:, None]], dim=-1)
+
+    def _places(self, ids: Tensor) -> Tensor:
+        found = ids == self.targets[:, None]
+        listed = found.any(dim=-1)
+        complete = ids.shape[-1] == self._student_logits.shape[-1]
+        if self.sparse and self.tail == "renormalize" and not complete and not bool(listed.all()):
+            raise ValueError(
+                "This loss asks where the text's own token is, but the teacher's top-k ids don't hold it, and without "
+                "a tail it is nowhere. Take tail 'bucket', or rows with more ids."
+            )
+        return torch.where(listed, found.to(torch.uint8).argmax(dim=-1), ids.shape[-1])
 
 
-def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    return torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
+def _divided(logits: Tensor, temperature: float) -> Tensor:
+    return logits if temperature == 1.0 else logits / temperature
+
+
+def _rest(known: Tensor) -> Tensor:
+    """[n] the log-probability that [n, K] known ones leave. One minus a sum that is nearly one: below float32's
+    resolution the rest isn't known to be zero.
+    """
+    return torch.log1p(-known.logsumexp(dim=-1).exp().clamp(max=1.0)).clamp(min=SMALLEST_TAIL)
+
+
+def _cut_to(logits: Tensor, ids: Tensor) -> Tensor:
+    """[n, K + 1] log-probabilities of some ids [n, K] of each row, and of all others together; [n, K] if they are all
+    there are.
+    """
+    chosen = logits.gather(-1, ids)
+    if ids.shape[-1] == logits.shape[-1]:
+        return torch.log_softmax(chosen, dim=-1)
+    others = logits.scatter(-1, ids, LOWEST).logsumexp(dim=-1, keepdim=True)
+    return torch.log_softmax(torch.cat([chosen, others], dim=-1), dim=-1)
+
+
+def _on_shared(logits: Tensor, ids: Tensor) -> Tensor:
+    """[n, U] log-probabilities of the same ids [U] in every row."""
+    # A few rows at a time, so that a CPU's cache holds what is added up.
+    whole = torch.cat([some.logsumexp(dim=-1, keepdim=True) for some in logits.split(16)])
+    return logits.index_select(-1, ids) - whole

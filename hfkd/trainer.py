@@ -24,17 +24,21 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput
 
 from hfkd.batch import Batch, predicted
+from hfkd.callbacks import Steps
 from hfkd.checkpoint import load_companions, save_companions
 from hfkd.config import DistillationConfig
 from hfkd.data.collate import DistillationCollator
 from hfkd.data.prompts import PromptBuilder, PromptStyle
 from hfkd.data.views import DistillationDataset
-from hfkd.distributed import average_gradients, run_inside, total_over_processes
+from hfkd.data.weights import TokenWeights
+from hfkd.distributed import run_inside, total_over_processes
 from hfkd.errors import NonFiniteLoss, NothingToLearn
+from hfkd.gradients import check_gradients_can_be_told_apart, norms_by_term
 from hfkd.metrics import Meter, per_token
 from hfkd.objective import LossSum, Objective, build_objective
 from hfkd.rows import DenseRows, Head, RowLayout, decode, supervised
-from hfkd.signal import TeacherSignal
+from hfkd.signal import STATES, TeacherSignal
+from hfkd.states import recording
 from hfkd.student import check_head, make_student, pad_token
 from hfkd.teachers import LocalTeacher, Teacher, as_teacher, check_embeddings, check_same_tokens, evaluating
 
@@ -58,6 +62,8 @@ class DistillationTrainer(Trainer):
             through the template).
         demonstrations: Rows that the teacher's prompt shows, and the student's draws from.
         student_shots: Numbers of demonstrations in the student's prompt, one drawn anew at each visit.
+        token_weights: How much each supervised token counts: a column of the rows, or a function of a row and its
+            supervised ids (see `hfkd.data.weights`); None counts all alike.
         callbacks: As in `Trainer`.
         optimizers: As in `Trainer`.
         trainer_kwargs: More arguments of `Trainer`.
@@ -84,24 +90,30 @@ class DistillationTrainer(Trainer):
         prompts: PromptStyle | None = None,
         demonstrations: Sequence[Mapping[str, Any]] = (),
         student_shots: Sequence[int] = (0,),
+        token_weights: TokenWeights | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         **trainer_kwargs: Any,
     ) -> None:
         args = args or DistillationConfig(output_dir="trainer_output")
-        self.objective = build_objective(objective, args.chunk_size)
+        self.objective = build_objective(objective, args.chunk_size, args.tail, args.compile_losses)
         has_adapter = peft_config is not None or hasattr(model, "peft_config")
         self.teacher = as_teacher(teacher, has_adapter)
         self._check_combination(has_adapter)
         if processing_class is None and isinstance(model, str):
             processing_class = AutoTokenizer.from_pretrained(model)
-        self._settings = (prompts, list(demonstrations), tuple(student_shots), data_collator is not None, args)
-        train_dataset = self._views(train_dataset, processing_class)
-        eval_dataset = (
-            {name: self._views(rows, processing_class) for name, rows in eval_dataset.items()}
-            if isinstance(eval_dataset, Mapping)
-            else self._views(eval_dataset, processing_class)
-        )
+        self._own_collator = data_collator is not None
+        self._view_settings = {
+            "demonstrations": list(demonstrations),
+            "student_shots": tuple(student_shots),
+            "token_weights": token_weights,
+        }
+        self._prompts = prompts or PromptStyle(question="{prompt}", answer="{completion}", separator="\n", stop=())
+        train_dataset = self._views(train_dataset, processing_class, args)
+        if isinstance(eval_dataset, Mapping):
+            eval_dataset = {name: self._views(rows, processing_class, args) for name, rows in eval_dataset.items()}
+        else:
+            eval_dataset = self._views(eval_dataset, processing_class, args)
         self._check_second_view(train_dataset)
         model = make_student(model, peft_config, args)
         Head.of(model)  # a head that can't be read is refused here, before anything is trained
@@ -112,23 +124,26 @@ class DistillationTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[*(callbacks or []), _Steps(self)],
+            callbacks=[*(callbacks or []), Steps(self)],
             optimizers=optimizers,
             **trainer_kwargs,
         )
+        self._check_devices()
+        self._prepare_teacher(train_dataset)
+        self._prepare_objective()
+        self.meter = Meter(self.args.device)
+        self._eval_sums: list[LossSum] | None = None
+        self._heads_checked = False
+
+    # --- before training
+
+    def _check_devices(self) -> None:
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"This process sees {self.args.n_gpu} GPUs, and transformers would run them as DataParallel, which "
                 f"can't work here. Start one "
                 "process per GPU with `accelerate launch`, or show one with CUDA_VISIBLE_DEVICES=0."
             )
-        self.objective.to(self.args.device)
-        self._prepare_teacher(train_dataset)
-        self.meter = Meter(self.args.device)
-        self._eval_sums: list[LossSum] | None = None
-        self._heads_checked = False
-
-    # --- before training
 
     def _check_combination(self, has_adapter: bool) -> None:
         needs = self.objective.needs
@@ -149,10 +164,9 @@ class DistillationTrainer(Trainer):
                 "Pass a `peft_config`, or take weights='frozen_copy' or 'live'."
             )
 
-    def _views(self, rows: Any, tokenizer: PreTrainedTokenizerBase | None) -> Any:
+    def _views(self, rows: Any, tokenizer: PreTrainedTokenizerBase | None, args: DistillationConfig) -> Any:
         """Rows as two views; data sets that are ready, or meant for a collator of the user's own, as they are."""
-        prompts, demonstrations, student_shots, own_collator, args = self._settings
-        if rows is None or isinstance(rows, DistillationDataset) or own_collator:
+        if rows is None or isinstance(rows, DistillationDataset) or self._own_collator:
             return rows
         if tokenizer is None:
             raise ValueError(
@@ -164,12 +178,10 @@ class DistillationTrainer(Trainer):
                 f"`messages` (a list of dicts or "
                 "a datasets.Dataset), a hfkd DistillationDataset, or a `data_collator` of your own beside it."
             )
-        style = prompts or PromptStyle(question="{prompt}", answer="{completion}", separator="\n", stop=())
         return DistillationDataset(
             rows,
-            PromptBuilder(tokenizer, style),
-            demonstrations=demonstrations,
-            student_shots=student_shots,
+            PromptBuilder(tokenizer, self._prompts),
+            **self._view_settings,
             teacher_view=self.teacher is not None and bool(self.objective.needs),
             max_length=args.max_length,
             teacher_max_length=args.teacher_max_length,
@@ -197,6 +209,18 @@ class DistillationTrainer(Trainer):
             check_embeddings(self.processing_class, self.teacher.model)
         if isinstance(dataset, DistillationDataset):
             self.teacher.share_prefix(dataset.shared_prefix)
+
+    def _prepare_objective(self) -> None:
+        """Let the losses make what depends on the models' shapes, and tell the teacher which layers to show."""
+        if self.args.log_gradient_norms:
+            check_gradients_can_be_told_apart(self.accelerator)
+        if STATES in self.objective.needs:
+            with self.teacher.weights() as model:
+                self.objective.prepare(self.model, model)
+            self.teacher.keep_states(self.objective.layers[1])
+        else:
+            self.objective.prepare(self.model)
+        self.objective.to(self.args.device)
 
     # --- a step
 
@@ -277,12 +301,15 @@ class DistillationTrainer(Trainer):
             with self.meter.teaching():
                 signal = self.teacher.signal(batch, self.objective.needs)
         view = batch.student
-        hidden = decode(module, view.input_ids, view.attention_mask, view.position_ids).last_hidden_state
+        with recording(module, self.objective.layers[0]) as recorder:
+            hidden = decode(module, view.input_ids, view.attention_mask, view.position_ids).last_hidden_state
+        states = {layer: supervised(state, view.labels) for layer, state in recorder.finish(hidden).items()}
         student = DenseRows(supervised(hidden, view.labels), Head.of(module))
+        rows = (student, signal, view.targets, batch.token_weights, RowLayout.of(view.labels))
+        if self.args.log_gradient_norms and self.model.training and self._will_log():
+            self.meter.gradients = norms_by_term(self.objective, module, rows, states)
         measure = self.args.log_agreement and signal is not None and self._will_log()
-        return self.objective(
-            student, signal, view.targets, batch.token_weights, RowLayout.of(view.labels), measure_agreement=measure
-        )
+        return self.objective(*rows, measure_agreement=measure, states=states)
 
     def _will_log(self) -> bool:
         every = max(1, int(getattr(self.state, "logging_steps", 0) or 1))
@@ -353,32 +380,12 @@ class DistillationTrainer(Trainer):
             optimizer.add_param_group({"params": fresh, "weight_decay": 0.0})
         return optimizer
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
-        save_companions(output_dir or self.args.output_dir, self.objective, self.teacher)
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Beside the optimizer, in checkpoints only: what the losses learned is no part of the student."""
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            save_companions(output_dir, self.objective, self.teacher)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         load_companions(resume_from_checkpoint, self.objective, self.teacher)
-
-
-class _Steps(TrainerCallback):
-    """Tells the data of each epoch and the teacher of each step."""
-
-    def __init__(self, trainer: DistillationTrainer) -> None:
-        self.trainer = trainer
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Let the student's demonstrations be drawn anew."""
-        dataset = self.trainer.train_dataset
-        if isinstance(dataset, DistillationDataset):
-            dataset.set_epoch(int(state.epoch or 0))
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Bring the losses' gradients together."""
-        average_gradients(self.trainer.objective.parameters())
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The student changed."""
-        if self.trainer.teacher is not None:
-            self.trainer.teacher.after_step(state.global_step)

@@ -15,25 +15,23 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from reference_measures import (
+    adaptive_kl,
+    alpha_beta,
+    balanced_kl,
+    clipped_kl,
+    hinge_ranking,
+    kl,
+    logistic_ranking,
+    logit_binary_kl,
+    logit_mse,
+    normalized_kd,
+    probabilities,
+    scaled,
+    span_correlation,
+    standardized_kl,
+)
 from torch import Tensor
-
-
-def probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Softmax of `logits / temperature` in float64, `[N, V]`; a logit of -inf is a probability of exactly 0."""
-    return torch.softmax(logits.double() / temperature, dim=-1)
-
-
-def kl(first: Tensor, second: Tensor) -> Tensor:
-    """KL(first || second) of probabilities `[N, V]` in nats, `[N]`, with 0 log 0 = 0; infinite where it is."""
-    present = first > 0
-    safe_first = torch.where(present, first, torch.ones_like(first))
-    safe_second = torch.where(present, second, torch.ones_like(second))
-    terms = safe_first * (torch.log(safe_first) - torch.log(safe_second))
-    return torch.where(present, terms, torch.zeros_like(terms)).sum(-1)
-
-
-def _scaled(value: Tensor, temperature: float, scale: bool) -> Tensor:
-    return value * temperature**2 if scale else value
 
 
 def cross_entropy(student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor) -> Tensor:
@@ -47,7 +45,7 @@ def forward_kl(
 ) -> Tensor:
     """KL(p || q), teacher first."""
     p, q = probabilities(teacher_logits, temperature), probabilities(student_logits, temperature)
-    return _scaled(kl(p, q), temperature, scale_by_temperature_squared)
+    return scaled(kl(p, q), temperature, scale_by_temperature_squared)
 
 
 def reverse_kl(
@@ -55,7 +53,7 @@ def reverse_kl(
 ) -> Tensor:
     """KL(q || p), student first."""
     p, q = probabilities(teacher_logits, temperature), probabilities(student_logits, temperature)
-    return _scaled(kl(q, p), temperature, scale_by_temperature_squared)
+    return scaled(kl(q, p), temperature, scale_by_temperature_squared)
 
 
 def jensen_shannon(
@@ -70,7 +68,7 @@ def jensen_shannon(
     p, q = probabilities(teacher_logits, temperature), probabilities(student_logits, temperature)
     mixture = mixture_weight * q + (1.0 - mixture_weight) * p
     value = mixture_weight * kl(q, mixture) + (1.0 - mixture_weight) * kl(p, mixture)
-    return _scaled(value, temperature, scale_by_temperature_squared)
+    return scaled(value, temperature, scale_by_temperature_squared)
 
 
 def skew_forward_kl(
@@ -78,7 +76,7 @@ def skew_forward_kl(
 ) -> Tensor:
     """KL(p || skew p + (1 - skew) q)."""
     p, q = probabilities(teacher_logits, temperature), probabilities(student_logits, temperature)
-    return _scaled(kl(p, skew * p + (1.0 - skew) * q), temperature, scale_by_temperature_squared)
+    return scaled(kl(p, skew * p + (1.0 - skew) * q), temperature, scale_by_temperature_squared)
 
 
 def skew_reverse_kl(
@@ -86,7 +84,7 @@ def skew_reverse_kl(
 ) -> Tensor:
     """KL(q || (1 - skew) p + skew q)."""
     p, q = probabilities(teacher_logits, temperature), probabilities(student_logits, temperature)
-    return _scaled(kl(q, (1.0 - skew) * p + skew * q), temperature, scale_by_temperature_squared)
+    return scaled(kl(q, (1.0 - skew) * p + skew * q), temperature, scale_by_temperature_squared)
 
 
 def total_variation(
@@ -94,7 +92,7 @@ def total_variation(
 ) -> Tensor:
     """Half of the L1 distance between p and q."""
     p, q = probabilities(teacher_logits, temperature), probabilities(student_logits, temperature)
-    return _scaled(0.5 * (p - q).abs().sum(-1), temperature, scale_by_temperature_squared)
+    return scaled(0.5 * (p - q).abs().sum(-1), temperature, scale_by_temperature_squared)
 
 
 # ------------------------------------------------------------------------------------------- transport
@@ -116,16 +114,33 @@ def transport_plan(cost: Tensor, epsilon: float, iterations: int) -> Tensor:
     return torch.exp(f.unsqueeze(1) + g.unsqueeze(0) + kernel)
 
 
+def l1_cost_on_likeliest(first: Tensor, second: Tensor, support: int) -> Tensor:
+    """The same over the union of both rows' `support` likeliest entries, and one entry for the rest of each row."""
+    ours, theirs = (
+        torch.zeros_like(side, dtype=torch.bool).scatter(-1, side.topk(min(support, side.shape[-1]), -1).indices, True)
+        for side in (first, second)
+    )
+    listed = ours.unsqueeze(1) | theirs.unsqueeze(0)
+    gap = first.unsqueeze(1) - second.unsqueeze(0)
+    return (gap.abs() * listed).sum(-1) + (gap * ~listed).sum(-1).abs()
+
+
 def transport_rows(
-    first: Tensor, second: Tensor, epsilon: float, iterations: int, detach_plan: bool = False
+    first: Tensor,
+    second: Tensor,
+    epsilon: float,
+    iterations: int,
+    detach_plan: bool = False,
+    support: int | None = None,
+    pair_weight: float = 0.0,
 ) -> Tensor:
     """Row i's share of one group's cost, sum over j of plan_ij C_ij; the shares sum to <plan, C>. `[n]`.
 
     The published 2 x 2 case, 1.229573, is this *sum* over the two rows (0.6147865 a row), not a mean.
     """
-    cost = l1_cost(first, second)
+    cost = l1_cost(first, second) if support is None else l1_cost_on_likeliest(first, second, support)
     plan = transport_plan(cost.detach() if detach_plan else cost, epsilon, iterations)
-    return (plan * cost).sum(-1)
+    return (plan * cost).sum(-1) + pair_weight * cost.diagonal()
 
 
 def sinkhorn(
@@ -137,6 +152,8 @@ def sinkhorn(
     iterations: int = 20,
     debias: bool = False,
     detach_plan: bool = False,
+    support: int | None = None,
+    pair_weight: float = 0.0,
     temperature: float = 1.0,
     scale_by_temperature_squared: bool = False,
 ) -> Tensor:
@@ -151,12 +168,12 @@ def sinkhorn(
         index = torch.tensor(list(group), dtype=torch.long)
         if len(index) == 0:
             continue
-        share = transport_rows(q[index], p[index], epsilon, iterations, detach_plan)
+        share = transport_rows(q[index], p[index], epsilon, iterations, detach_plan, support, pair_weight)
         if debias:
-            share = share - 0.5 * transport_rows(q[index], q[index], epsilon, iterations, detach_plan)
-            share = share - 0.5 * transport_rows(p[index], p[index], epsilon, iterations, detach_plan)
+            for side in (q[index], p[index]):
+                share = share - 0.5 * transport_rows(side, side, epsilon, iterations, detach_plan, support)
         value = value.index_add(0, index, share)
-    return _scaled(value, temperature, scale_by_temperature_squared)
+    return scaled(value, temperature, scale_by_temperature_squared)
 
 
 REFERENCES: dict[str, Callable[..., Tensor]] = {
@@ -168,6 +185,17 @@ REFERENCES: dict[str, Callable[..., Tensor]] = {
     "skew_reverse_kl": skew_reverse_kl,
     "total_variation": total_variation,
     "sinkhorn": sinkhorn,
+    "adaptive_kl": adaptive_kl,
+    "balanced_kl": balanced_kl,
+    "alpha_beta": alpha_beta,
+    "normalized_kd": normalized_kd,
+    "clipped_kl": clipped_kl,
+    "logit_binary_kl": logit_binary_kl,
+    "logit_mse": logit_mse,
+    "standardized_kl": standardized_kl,
+    "hinge_ranking": hinge_ranking,
+    "logistic_ranking": logistic_ranking,
+    "span_correlation": span_correlation,
 }
 
 

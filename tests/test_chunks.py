@@ -12,13 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hfkd import chunks as chunks_module
 from hfkd.batch import IGNORE
-from hfkd.chunks import Term, plan_chunks
 from hfkd.distributed import is_main_process, run_inside, total_over_processes
 from hfkd.losses import LOSSES
 from hfkd.objective import Objective, build_objective
+from hfkd.plan import CHUNK_BYTES, SHARE_OF_FREE_MEMORY, plan_chunks, rows_that_fit
 from hfkd.rows import DenseRows, Head, RowLayout
 from hfkd.signal import TeacherSignal
 from hfkd.support import TokenChunk
+from hfkd.terms import Term
 
 LABELS = torch.full((4, 12), IGNORE)
 LABELS[0, 3:8], LABELS[1, 9:10], LABELS[3, 2:6], LABELS[3, 8:11] = 5, 6, 7, 8
@@ -61,9 +62,9 @@ def indices(rows: slice | Tensor) -> Tensor:
 def test_every_term_reads_every_row_once(terms, size):
     """Prevents rows that a term never sees or sees twice, which a loss that is merely a little wrong would hide."""
     seen = [[] for _ in terms]
-    for chunk in plan_chunks(terms, LAYOUT, size, vocab_size=50):
+    for chunk in plan_chunks(terms, LAYOUT, size or ROWS):
         rows = indices(chunk.rows)
-        for members, blocks in chunk.readers:
+        for members, blocks in ((reader.members, reader.blocks) for reader in chunk.readers):
             for block in blocks if blocks is not None else [slice(0, len(rows))]:
                 for member in members:
                     seen[member] += rows[block].tolist()
@@ -75,9 +76,9 @@ def test_every_term_reads_every_row_once(terms, size):
 @pytest.mark.parametrize("size", SIZES)
 def test_a_group_is_read_whole_and_alone(terms, size):
     """Prevents a transport between half a group and a stranger, because a chunk ended there."""
-    for chunk in plan_chunks(terms, LAYOUT, size, vocab_size=50):
+    for chunk in plan_chunks(terms, LAYOUT, size or ROWS):
         rows = indices(chunk.rows)
-        for members, blocks in chunk.readers:
+        for members, blocks in ((reader.members, reader.blocks) for reader in chunk.readers):
             for member in members:
                 groups = terms[member].loss.groups(LAYOUT)
                 if groups is None:
@@ -92,8 +93,8 @@ def test_a_group_is_read_whole_and_alone(terms, size):
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_no_chunk_is_larger_than_asked_for(terms, size):
     """Prevents an out-of-memory that `chunk_size` was to prevent; a group that is larger is a chunk of its own."""
-    for chunk in plan_chunks(terms, LAYOUT, size, vocab_size=50):
-        grouped = [blocks for _, blocks in chunk.readers if blocks is not None]
+    for chunk in plan_chunks(terms, LAYOUT, size or ROWS):
+        grouped = [reader.blocks for reader in chunk.readers if reader.blocks is not None]
         largest = max((block.stop - block.start for block in grouped[0]), default=0) if grouped else 0
         assert len(indices(chunk.rows)) <= max(size, largest)
         assert largest <= size or len(grouped[0]) == 1
@@ -101,33 +102,41 @@ def test_no_chunk_is_larger_than_asked_for(terms, size):
 
 def test_terms_with_the_same_groups_share_a_projection():
     """Prevents a second multiplication with the vocabulary for rows that were just projected."""
-    together = plan_chunks(TERMS["one grouping twice"], LAYOUT, None, vocab_size=50)
+    together = plan_chunks(TERMS["one grouping twice"], LAYOUT, ROWS)
     assert len(together) == 1
-    assert [members for members, _ in together[0].readers] == [[0, 1], [2]]
-    assert len(plan_chunks(TERMS["two groupings"], LAYOUT, None, vocab_size=50)) == 2
+    assert [reader.members for reader in together[0].readers] == [[0, 1], [2]]
+    assert len(plan_chunks(TERMS["two groupings"], LAYOUT, ROWS)) == 2
 
 
 def test_chunks_are_of_nearly_one_size():
     """Prevents a last chunk of one row, whose projection takes as long as that of many."""
     layout = RowLayout.single(101, torch.device("cpu"))
-    sizes = [chunk.rows.stop - chunk.rows.start for chunk in plan_chunks([free()], layout, 50, vocab_size=50)]
+    sizes = [chunk.rows.stop - chunk.rows.start for chunk in plan_chunks([free()], layout, 50)]
     assert sum(sizes) == 101 and len(sizes) == 3 and max(sizes) - min(sizes) <= 2
 
 
 @pytest.mark.parametrize("vocabulary", [384, 49_152, 151_936, 262_144])
 def test_the_chosen_size_keeps_to_its_memory(vocabulary):
     """Prevents a default that runs out of memory with Gemma's vocabulary, or projects row by row."""
-    layout = RowLayout.single(100_000, torch.device("cpu"))
-    size = max(chunk.rows.stop - chunk.rows.start for chunk in plan_chunks([free()], layout, None, vocabulary))
-    assert size >= 16
-    assert size * vocabulary * 2 * 4 <= chunks_module.CHUNK_BYTES or size == 16
+    cpu = torch.device("cpu")
+    size = rows_that_fit(vocabulary, cpu)
+    assert size >= 16 and size & (size - 1) == 0  # a power of two: memory doesn't wobble with the number of rows
+    assert size * vocabulary * 2 * 4 <= CHUNK_BYTES["cpu"] or size == 16
+
+
+def test_the_chosen_size_shrinks_with_the_free_memory(monkeypatch):
+    """Prevents a default that takes what isn't there, on a machine that is nearly full."""
+    cpu, plenty = torch.device("cpu"), rows_that_fit(49_152, torch.device("cpu"))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=SHARE_OF_FREE_MEMORY * 2**26))
+    assert 16 <= rows_that_fit(49_152, cpu) < plenty
+    assert rows_that_fit(49_152, cpu) * 49_152 * 8 <= 2**26
 
 
 @every_plan
 def test_no_rows_make_a_plan(terms):
     """Prevents a crash on a micro-batch whose labels are all masked: the other processes wait for its gradient."""
     layout = RowLayout.of(torch.full((2, 5), IGNORE))
-    for chunk in plan_chunks(terms, layout, 4, vocab_size=50):
+    for chunk in plan_chunks(terms, layout, 4):
         assert len(torch.arange(0)[chunk.rows]) == 0
 
 

@@ -17,10 +17,10 @@ PACKAGE = "hfkd"
 
 # The one table of layers. A module or a package at the top of hfkd/ stands in exactly one line.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("batch", "rows", "support", "signal", "distributed", "prefix", "loading", "errors"),
-    ("losses", "chunks", "objective", "data", "cache"),
+    ("batch", "rows", "states", "support", "signal", "distributed", "prefix", "loading", "errors", "schedules"),
+    ("losses", "terms", "plan", "chunks", "objective", "data", "cache"),
     ("teachers", "rollout"),
-    ("metrics", "record", "config", "student", "checkpoint", "trainer"),
+    ("metrics", "record", "config", "student", "checkpoint", "callbacks", "gradients", "trainer"),
     ("eval", "card", "hub"),
     (
         *("recipe", "run"),

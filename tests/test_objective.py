@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from hfkd.batch import IGNORE
 from hfkd.errors import VocabularyError
 from hfkd.losses import LOSSES, Divergence, TokenLoss
-from hfkd.objective import Objective, Term, build_objective, loss_class
+from hfkd.objective import Objective, build_objective
 from hfkd.rows import DenseRows, Head, RowLayout, TopKRows
 from hfkd.signal import TeacherSignal
 from hfkd.support import TokenChunk
+from hfkd.terms import Term, loss_class
 
 N, WIDTH, VOCABULARY = 11, 6, 384
 

@@ -14,7 +14,7 @@ from training import DEMONSTRATIONS, ROWS, lora, make_trainer, run, trained_weig
 from hfkd import Divergence, LocalTeacher, Objective, SelfTeacher
 from hfkd.data.collate import DistillationCollator
 from hfkd.errors import HeadError, NonFiniteLoss, NothingToLearn, VocabularyError
-from hfkd.objective import Term
+from hfkd.terms import Term
 
 TOLERANCE = 1e-5
 

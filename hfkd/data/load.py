@@ -20,7 +20,7 @@ from hfkd.data.sources import DataError, near, read
 
 logger = logging.getLogger(__name__)
 
-CANONICAL = ("prompt", "completion", "messages", "privileged_context", "demonstrations", "answer")
+CANONICAL = ("prompt", "completion", "messages", "privileged_context", "demonstrations", "answer", "token_weights")
 """The columns that a row may have; any other column of a file is left behind."""
 
 _TEXTS = ("prompt", "completion", "answer", "privileged_context")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -20,15 +20,19 @@ from hfkd.batch import IGNORE
 from hfkd.data.messages import Row, prompt_key
 from hfkd.data.prompts import PromptBuilder
 from hfkd.data.tokenize import Encoded, encode, prompt_length
+from hfkd.data.weights import TokenWeights, weights_of
 from hfkd.prefix import common_prefix
 
 
 class Example(TypedDict):
-    """What the collator takes: two views and the place of an example; `teacher` is None where one view is enough."""
+    """What the collator takes: two views and the place of an example; `teacher` is None where one view is enough, and
+    `token_weights`, one for each token of the student's view, are there where they were asked for.
+    """
 
     student: Encoded
     teacher: Encoded | None
     index: int
+    token_weights: NotRequired[list[float]]
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,7 @@ class DistillationDataset(Dataset):
         too_long: `raise`, or `drop` and count in `dropped`.
         whole_text: Learn the whole student view, see `hfkd.data.tokenize.encode`; excludes a second view.
         seed: Of the student's draws.
+        token_weights: How much each supervised token counts, see `hfkd.data.weights`; None counts all alike.
 
     Attributes:
         second_view: Whether the teacher's prompt ever differs from the student's; where it doesn't, `teacher` is None.
@@ -126,12 +131,13 @@ class DistillationDataset(Dataset):
         too_long: Literal["raise", "drop"] = "raise",
         whole_text: bool = False,
         seed: int = 0,
+        token_weights: TokenWeights | None = None,
     ) -> None:
         _check_settings(rows, student_shots, too_long)
         self.builder, self.demonstrations, self.seed = builder, list(demonstrations), seed
         self.student_shots, self.whole_text, self.teacher_view = tuple(student_shots), whole_text, teacher_view
         self.max_length, self.teacher_max_length = max_length, teacher_max_length or max_length
-        self.too_long = too_long
+        self.too_long, self.token_weights = too_long, token_weights
         self.second_view, self.dropped, self.dropped_demonstrations = False, 0, 0
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._rows = rows
@@ -154,7 +160,10 @@ class DistillationDataset(Dataset):
         student = self._encode_student(row, self.drawn(index))
         self._check_length(len(student["input_ids"]), self._kept[index], "student")
         teacher = self._teacher[index].encoded(self.shared_prefix) if self.second_view else None
-        return {"student": student, "teacher": teacher, "index": index}
+        example: Example = {"student": student, "teacher": teacher, "index": index}
+        if self.token_weights is not None:
+            example["token_weights"] = weights_of(self.token_weights, row, student["labels"], IGNORE)
+        return example
 
     @property
     def epoch(self) -> int:
@@ -238,6 +247,8 @@ class DistillationDataset(Dataset):
         if not fits:
             self.dropped += 1
             return
+        if self.token_weights is not None and (isinstance(self.token_weights, str) or not self._kept):
+            weights_of(self.token_weights, row, student["labels"], IGNORE)  # a fault is found now, not in training
         self._kept.append(number)
         stored = _Stored.of(read)
         constant.append(stored.ids[: prompt_length(read)])

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from hfkd.rows import RowLayout
+from hfkd.schedules import Schedule, all_values, constant_or_schedule, described
 from hfkd.signal import DISTRIBUTION
 from hfkd.support import TokenChunk
 
@@ -33,9 +35,17 @@ class TokenLoss(nn.Module, ABC):
     may_stand_alone: bool = True
     """Whether it makes sense as the only term of an objective."""
 
+    why_not_alone: ClassVar[str] = "it doesn't tie each row to what the teacher says of it."
+    """The reason, for the error message, where it doesn't."""
+
+    auxiliary: ClassVar[bool] = False
+    """Whether it has a head of its own: it is given the student's hidden states, and its gradient doesn't reach the
+    student's output head.
+    """
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.key = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", cls.__name__).lower()
+        cls.key = recipe_key(cls.__name__)
 
     @abstractmethod
     def forward(self, chunk: TokenChunk) -> Tensor:
@@ -52,37 +62,68 @@ class TokenLoss(nn.Module, ABC):
         """
         return None
 
+    def prepare(self, width: int, vocab_size: int) -> None:
+        """Make the parameters whose shape depends on the student; called once, before training.
+
+        Args:
+            width: H of the student's last hidden states.
+            vocab_size: V of the student's output head.
+        """
+        return None
+
+    def set_step(self, step: int, total: int | None = None) -> None:
+        """Hear how many optimizer steps were made, and how many the run has; for what changes on the way."""
+        return None
+
     def settings(self) -> dict[str, Any]:
         """The arguments that make this loss, as plain data."""
         return {}
 
     def describe(self) -> dict[str, Any]:
         """The recipe form: `kind` (package.module:Class for a loss from elsewhere) and the settings."""
-        cls = type(self)
-        own = not cls.__module__.startswith("hfkd.losses")
-        return {"kind": f"{cls.__module__}:{cls.__qualname__}" if own else cls.key, **self.settings()}
+        return {"kind": recipe_kind(type(self)), **self.settings()}
+
+
+def recipe_key(class_name: str) -> str:
+    """ForwardKL -> forward_kl."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", class_name).lower()
+
+
+def recipe_kind(cls: type) -> str:
+    """How a recipe names a loss: its key, or package.module:Class for one from elsewhere."""
+    own = not cls.__module__.startswith("hfkd.losses")
+    return f"{cls.__module__}:{cls.__qualname__}" if own else cls.key
 
 
 class Divergence(TokenLoss):
     """A measure between the student's and the teacher's distribution over the next token.
 
     Args:
-        temperature: Divides the logits of both models before the softmax, > 0.
+        temperature: Divides the logits of both models before the softmax, > 0; a number, or a schedule such as
+            `{"schedule": "linear", "start": 4.0, "end": 1.0}`.
         scale_by_temperature_squared: Multiply by temperature ** 2, so that the gradient keeps its size (Hinton et al.,
             2015, https://arxiv.org/abs/1503.02531).
     """
 
     needs = frozenset({DISTRIBUTION})
 
-    def __init__(self, temperature: float = 1.0, scale_by_temperature_squared: bool = True) -> None:
+    def __init__(
+        self, temperature: float | Mapping[str, Any] | Schedule = 1.0, scale_by_temperature_squared: bool = True
+    ) -> None:
         super().__init__()
-        if not temperature > 0:
+        self._temperature = constant_or_schedule(temperature, f"{self.key}: temperature")
+        if not min(all_values(self._temperature)) > 0:
             raise ValueError(
                 f"{self.key}: temperature is {temperature}; expected a number above 0 (1 leaves the logits as they "
                 f"are)."
             )
-        self.temperature = float(temperature)
+        self.temperature = all_values(self._temperature)[0]
         self.scale_by_temperature_squared = scale_by_temperature_squared
+
+    def set_step(self, step: int, total: int | None = None) -> None:
+        """Put the temperature of this step in force."""
+        if isinstance(self._temperature, Schedule):
+            self.temperature = self._temperature.at(step, total)
 
     @abstractmethod
     def between(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -96,13 +137,20 @@ class Divergence(TokenLoss):
             [n] nats.
         """
 
+    def compare(self, chunk: TokenChunk) -> Tensor:
+        """Return [n], the divergence before its scale; override it where two distributions don't say enough."""
+        return self.between(*chunk.log_probs(self.temperature))
+
     def forward(self, chunk: TokenChunk) -> Tensor:
         """Return [n], the divergence of each token at this loss's temperature."""
-        values = self.between(*chunk.log_probs(self.temperature))
+        values = self.compare(chunk)
         if self.scale_by_temperature_squared and self.temperature != 1.0:
             values = values * self.temperature**2
         return values
 
     def settings(self) -> dict[str, Any]:
         """The temperature and whether its square is applied."""
-        return {"temperature": self.temperature, "scale_by_temperature_squared": self.scale_by_temperature_squared}
+        return {
+            "temperature": described(self._temperature),
+            "scale_by_temperature_squared": self.scale_by_temperature_squared,
+        }

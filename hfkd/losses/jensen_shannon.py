@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hfkd.losses.base import Divergence
-from hfkd.losses.kl import kl
+from hfkd.losses.slope import mixture_of, with_slope
 
 
 class JensenShannon(Divergence):
@@ -54,8 +53,13 @@ class JensenShannon(Divergence):
     def between(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Return [n], the divergence from the mixture."""
         weight = self.mixture_weight
-        mixture = torch.logaddexp(student + math.log(weight), teacher + math.log1p(-weight))
-        return weight * kl(student, mixture) + (1 - weight) * kl(teacher, mixture)
+        with torch.no_grad():
+            believed, likely = student.exp(), teacher.exp()
+            mixture = mixture_of(believed, likely, weight).log_()
+            ours = (student - mixture).mul_(believed).mul_(weight)
+            theirs = mixture.neg_().add_(teacher).mul_(likely).sum(dim=-1)
+            values = ours.sum(dim=-1) + (1 - weight) * theirs
+        return with_slope(student, values, ours)
 
     def settings(self) -> dict[str, Any]:
         """The mixture weight and what every divergence has."""

@@ -23,16 +23,21 @@ class Sinkhorn(Divergence):
     which.
 
     Formula:
-        sum_j Pi(i, j) C(i, j) for row i, C(i, j) = |q_i - p_j|_1, Pi the plan of `iterations` Sinkhorn steps (rows,
-        then columns to a sum of 1) on exp(-C / epsilon), p the teacher, q the student. Summed over the n rows and
-        divided by their number it is <Pi, C> / n.
+        sum_j Pi(i, j) C(i, j) + pair_weight C(i, i) for row i, C(i, j) = |q_i - p_j|_1, Pi the plan of `iterations`
+        Sinkhorn steps (rows, then columns to a sum of 1) on exp(-C / epsilon), p the teacher, q the student. Summed
+        over the n rows and divided by their number it is <Pi, C> / n. With `support` k the cost of a pair is taken
+        over the union of the k likeliest ids of q_i and of p_j, and one entry for the rest of each: at most the whole
+        cost, and below it by no more than 2 min(rest of q_i, rest of p_j).
     Args:
         epsilon: Entropic smoothing, > 0, in units of the cost (which lies between 0 and 2).
         iterations: Sinkhorn steps, >= 1.
         mode: Which rows make a group: `tokens` (runs of `group_size` supervised tokens), `sequence` (the tokens of one
             sequence), `batch` (the same answer position over the sequences of a batch, as in the paper's
             classification tasks).
-        group_size: Rows of a group in mode `tokens`.
+        group_size: Rows of a group in mode `tokens`; nothing to do with how many rows are projected at once.
+        support: Likeliest ids of either side that a pair is compared on, >= 1; None for the whole vocabulary.
+        pair_weight: Weight of each row's cost to the teacher's row at the same place, >= 0. Transport alone forgets
+            which row belongs to which.
         debias: Subtract half the cost of each side to itself, which makes it 0 for equal groups.
         detach_plan: Send the gradient through the cost only.
         alone: Allow it as the only term. A student that answers each question with a neighbour's distribution pays
@@ -41,14 +46,16 @@ class Sinkhorn(Divergence):
         scale_by_temperature_squared: Off by default: the value is a cost between 0 and 2, not nats.
     Reads:
         Both distributions of all rows of a group on this process; rows of other processes or micro-batches are not
-        seen.
+        seen. Logged: `unbalanced`, how far the plan's row sums are from 1 after the last step (0 is converged), and
+        `cost_bound`, the most by which `support` may have made a row's costs too small.
     Cost:
-        O(n V) per token for groups of n, and `iterations` steps on an [n, n] matrix.
+        O(n k) per token for groups of n (O(n V) without `support`), and `iterations` steps on an [n, n] matrix.
     Undefined:
-        Nowhere. Without `debias` it is not 0 at equality when the rows of a group are alike.
+        Nowhere. Without `debias` it is not 0 at equality when the rows of a group are alike. Ids that a sparse teacher
+        doesn't list are counted to the rest.
     Paper:
-        Cui et al. (SinKD), 2024, https://arxiv.org/abs/2402.17110. `debias`, the modes for tokens and the division by
-        rows are ours.
+        Cui et al. (SinKD), 2024, https://arxiv.org/abs/2402.17110. `support`, `pair_weight`, `debias`, the modes for
+        tokens and the division by rows are ours.
     Example:
         >>> import torch
         >>> student = torch.tensor([[0.6, 0.3, 0.1], [0.3, 0.3, 0.4]]).log()
@@ -57,12 +64,16 @@ class Sinkhorn(Divergence):
         1.2296
     """
 
+    why_not_alone = "it can't tell a student that gives every row its own answer from one that gives it a neighbour's."
+
     def __init__(
         self,
         epsilon: float = 0.1,
         iterations: int = 20,
         mode: Literal["tokens", "sequence", "batch"] = "tokens",
         group_size: int = 64,
+        support: int | None = 32,
+        pair_weight: float = 0.0,
         debias: bool = False,
         detach_plan: bool = False,
         alone: bool = False,
@@ -78,12 +89,13 @@ class Sinkhorn(Divergence):
             )
         if mode not in _MODES:
             raise ValueError(f"{self.key}: mode is {mode!r}; expected one of {', '.join(_MODES)}.")
-        self.epsilon, self.iterations, self.mode, self.group_size = (
-            float(epsilon),
-            int(iterations),
-            mode,
-            int(group_size),
-        )
+        if not pair_weight >= 0 or (support is not None and support < 1):
+            raise ValueError(
+                f"{self.key}: got pair_weight {pair_weight}, support {support}; expected a weight of 0 or more, and "
+                "at least 1 id (or null for the whole vocabulary)."
+            )
+        self.epsilon, self.iterations, self.mode = float(epsilon), int(iterations), mode
+        self.group_size, self.support, self.pair_weight = int(group_size), support, float(pair_weight)
         self.debias, self.detach_plan, self.may_stand_alone = debias, detach_plan, alone
 
     def groups(self, layout: RowLayout) -> Tensor:
@@ -94,39 +106,85 @@ class Sinkhorn(Divergence):
             return layout.position
         return torch.arange(len(layout), device=layout.sequence.device) // self.group_size
 
-    def forward(self, chunk: TokenChunk) -> Tensor:
-        """Return [n], each row's share of the transport cost.
-
-        Raises:
-            ValueError: The teacher's rows are sparse; their supports differ from row to row.
-        """
-        if chunk.sparse:
-            raise ValueError(
-                f"{self.key} compares rows with each other, but the teacher gave top-k rows, whose ids differ from "
-                f"row "
-                "to row. Use a teacher with whole distributions, or a loss that reads each row alone."
-            )
-        return super().forward(chunk)
+    def compare(self, chunk: TokenChunk) -> Tensor:
+        """Return [n], each row's share of the transport cost."""
+        whole = self.support is None and not chunk.sparse
+        pair = (
+            chunk.log_probs(self.temperature)
+            if whole
+            else chunk.shared_log_probs(self.support or chunk.vocab_size, self.temperature)
+        )
+        values, unbalanced, bound = self._measured(*(one.exp() for one in pair))
+        chunk.measure("unbalanced", unbalanced)
+        chunk.measure("cost_bound", bound)
+        return values
 
     def between(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Return [n], each student row's share of the transport cost; the n rows are one group."""
-        ours, theirs = student.exp(), teacher.exp()
-        values = self._transport(ours, theirs)
-        if self.debias:
-            values = values - 0.5 * (self._transport(ours, ours) + self._transport(theirs, theirs))
-        return values
+        return self._measured(student.exp(), teacher.exp())[0]
 
-    def _transport(self, first: Tensor, second: Tensor) -> Tensor:
-        cost = torch.cdist(first, second, p=1)
+    def _measured(self, ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The values [n], what the plan's row sums lack [n], and the bound of each row's costs [n]."""
+        cost, bound = self._cost(ours, theirs)
+        values, unbalanced = self._transport(cost)
+        if self.debias:
+            sides = (self._transport(self._cost(side, side)[0])[0] for side in (ours, theirs))
+            values = values - 0.5 * sum(sides)
+        if self.pair_weight:
+            values = values + self.pair_weight * cost.diagonal()
+        return values, unbalanced, bound
+
+    def _cost(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        if self.support is None or first.shape[-1] <= self.support:
+            return torch.cdist(first, second, p=1), first.new_zeros(len(first))
+        return _cost_on_likeliest(first, second, self.support)
+
+    def _transport(self, cost: Tensor) -> tuple[Tensor, Tensor]:
         kernel = -cost / self.epsilon
         columns = kernel.new_zeros(kernel.shape[1])
         for _ in range(self.iterations):
             rows = -torch.logsumexp(kernel + columns[None, :], dim=1)
             columns = -torch.logsumexp(kernel + rows[:, None], dim=0)
         plan = (kernel + rows[:, None] + columns[None, :]).exp()
-        return ((plan.detach() if self.detach_plan else plan) * cost).sum(dim=1)
+        unbalanced = (plan.detach().sum(dim=1) - 1).abs()
+        return ((plan.detach() if self.detach_plan else plan) * cost).sum(dim=1), unbalanced
 
     def settings(self) -> dict[str, Any]:
         """Everything that defines the transport."""
-        names = ("epsilon", "iterations", "mode", "group_size", "debias", "detach_plan")
+        names = (
+            *("epsilon", "iterations", "mode", "group_size", "support", "pair_weight"),
+            *("debias", "detach_plan"),
+        )
         return {**{name: getattr(self, name) for name in names}, "alone": self.may_stand_alone, **super().settings()}
+
+
+def _cost_on_likeliest(first: Tensor, second: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The L1 distance of each pair of rows over the union of both rows' k likeliest entries, and one for the rest.
+
+    With Q and P the masses on the union and O the overlap there, it is 2 (max(Q, P) - O).
+
+    Args:
+        first: [n, S] probabilities, of rows that may sum to less than 1.
+        second: [m, S] the same.
+        k: Entries of each row, at most S.
+
+    Returns:
+        [n, m] costs, and [n] the most by which a row's costs are too small.
+    """
+    n, m = len(first), len(second)
+    ours, theirs = first.detach().topk(k, dim=-1).indices, second.detach().topk(k, dim=-1).indices
+    listed = torch.zeros(first.shape, dtype=torch.bool, device=first.device).scatter_(1, ours, True)
+    fresh = ~listed.index_select(1, theirs.flatten()).view(
+        n, m, k
+    )  # entries of the second row that aren't counted yet
+    first_here = first.gather(1, ours)
+    second_there = second.index_select(1, ours.flatten()).view(m, n, k).transpose(0, 1)
+    first_there = first.index_select(1, theirs.flatten()).view(n, m, k) * fresh
+    second_here = second.gather(1, theirs) * fresh
+    overlap = torch.minimum(first_here[:, None], second_there).sum(-1)
+    overlap = overlap + torch.minimum(first_there, second_here).sum(-1)
+    first_mass = first_here.sum(-1)[:, None] + first_there.sum(-1)
+    second_mass = second_there.sum(-1) + second_here.sum(-1)
+    cost = 2 * (torch.maximum(first_mass, second_mass) - overlap).clamp(min=0)
+    bound = 2 * (1 - torch.maximum(first_mass, second_mass).detach()).clamp(min=0).amax(dim=1)
+    return cost, bound

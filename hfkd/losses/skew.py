@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hfkd.losses.base import Divergence
-from hfkd.losses.kl import kl
+from hfkd.losses.slope import mixture_of, with_slope
 
 
 class _Skew(Divergence):
@@ -22,9 +21,6 @@ class _Skew(Divergence):
                 f"everywhere."
             )
         self.skew = float(skew)
-
-    def _mix(self, inside: Tensor, other: Tensor) -> Tensor:
-        return torch.logaddexp(inside + math.log(self.skew), other + math.log1p(-self.skew))
 
     def settings(self) -> dict[str, Any]:
         """The skew and what every divergence has."""
@@ -57,7 +53,13 @@ class SkewForwardKL(_Skew):
 
     def between(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Return [n], KL(teacher || mixture)."""
-        return kl(teacher, self._mix(teacher, student))
+        with torch.no_grad():
+            believed, likely = student.exp(), teacher.exp()
+            mixture = mixture_of(likely, believed, self.skew)
+            # Minus the teacher's probability times the student's share of the mixture, which is at most 1.
+            slope = believed.mul_(self.skew - 1).div_(mixture).mul_(likely)
+            values = (teacher - mixture.log_()).mul_(likely).sum(dim=-1)
+        return with_slope(student, values, slope)
 
 
 class SkewReverseKL(_Skew):
@@ -86,4 +88,11 @@ class SkewReverseKL(_Skew):
 
     def between(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Return [n], KL(student || mixture)."""
-        return kl(student, self._mix(student, teacher))
+        with torch.no_grad():
+            believed = student.exp()
+            mixture = mixture_of(believed, teacher.exp(), self.skew)
+            slope = (believed / mixture).mul_(-self.skew)
+            gap = student - mixture.log_()
+            values = (gap * believed).sum(dim=-1)
+            slope = slope.add_(gap).mul_(believed)
+        return with_slope(student, values, slope)

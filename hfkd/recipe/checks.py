@@ -22,6 +22,8 @@ _TEACHERS = ("self", "local", "none")
 # Fields of DistillationConfig that have their place in another section.
 _ELSEWHERE = {
     "chunk_size": "loss.chunk_size",
+    "tail": "loss.tail",
+    "compile_losses": "loss.compile_losses",
     "max_length": "data.max_length",
     "teacher_max_length": "data.teacher_max_length",
     "too_long": "data.too_long",
@@ -108,18 +110,19 @@ def _may_hold_context(train: SourceSection) -> bool:
 
 
 def _loss(recipe: Recipe) -> Iterator[str]:
-    from hfkd.losses import LOSSES
+    from hfkd.losses import LOSSES, STATE_LOSSES
 
+    known = {**LOSSES, **STATE_LOSSES}
     faults, builtin = [], []
     for index, term in enumerate(recipe.loss.terms):
         key = f"loss.terms.{index}"
-        if term.kind in LOSSES:
-            faults += _loss_arguments(f"{key}.", LOSSES[term.kind], term.model_extra or {})
+        if term.kind in known:
+            faults += _loss_arguments(f"{key}.", known[term.kind], term.model_extra or {})
             builtin.append(term)
         elif not is_own_class(term.kind):
             faults.append(
-                f"{key}.kind: there is no loss {shown(term.kind)}{near(term.kind, LOSSES)} (known: "
-                f"{', '.join(LOSSES)}; "
+                f"{key}.kind: there is no loss {shown(term.kind)}{near(term.kind, known)} (known: "
+                f"{', '.join(known)}; "
                 "your own is named as package.module:Class)"
             )
     yield from faults
@@ -149,7 +152,7 @@ def _objective(recipe: Recipe) -> Iterator[str]:
     from hfkd.objective import build_objective
 
     try:
-        objective = build_objective(term_specs(recipe), recipe.loss.chunk_size)
+        objective = build_objective(term_specs(recipe), **objective_options(recipe))
     except (ValueError, TypeError) as error:
         yield f"loss.terms: {error}"
         return
@@ -159,6 +162,11 @@ def _objective(recipe: Recipe) -> Iterator[str]:
 def term_specs(recipe: Recipe) -> list[dict[str, Any]]:
     """The terms in the form that `build_objective` takes."""
     return [{**term.model_dump(exclude_none=True)} for term in recipe.loss.terms]
+
+
+def objective_options(recipe: Recipe) -> dict[str, Any]:
+    """What else `build_objective` takes from a recipe."""
+    return recipe.loss.model_dump(exclude={"terms"})
 
 
 def needs_faults(recipe: Recipe, needs: Collection[str]) -> Iterator[str]:
@@ -171,11 +179,12 @@ def needs_faults(recipe: Recipe, needs: Collection[str]) -> Iterator[str]:
             f"loss.terms: {kinds} compares with a teacher's distribution, and teacher.kind is none; "
             "use cross_entropy alone, or name a teacher"
         )
-    if recipe.data.whole_text:
+    if recipe.data.whole_text and (recipe.teacher.kind == "self" or recipe.data.demonstrations.count > 0):
         yield (
             f"data.whole_text: true trains on each view's whole text, so student and teacher have different "
             f"tokens and {kinds} "
-            "can't compare them; use cross_entropy alone, or whole_text: false"
+            "can't compare them; use cross_entropy alone, another model as the teacher without demonstrations "
+            "(both then read the same), or whole_text: false"
         )
 
 
@@ -292,8 +301,9 @@ def _plain_value(hint: Any, value: Any) -> Any:
         ValueError: The value can't be of the type; the message says what was expected.
     """
     kinds = set(typing.get_args(hint)) or {hint}
-    if value is None or not kinds <= {int, float, bool, str, type(None)}:
-        return value  # lists, mappings, enumerations: DistillationConfig checks them itself
+    others = kinds - {int, float, bool, str, type(None)}
+    if value is None or (others and not (kinds & {int, float} and isinstance(value, int | float | str))):
+        return value  # lists, mappings, enumerations: their owner checks them itself
     if isinstance(value, bool):
         return _or_refuse(value, bool in kinds, "a number" if kinds & {int, float} else "a text")
     if isinstance(value, int | float):

@@ -27,10 +27,34 @@ def _expand_shots(value: Any) -> Any:
     return [value] if isinstance(value, int) else value
 
 
+def _weight(value: Any) -> Any:
+    """A number, or a schedule, whose keys the objective checks."""
+    if isinstance(value, dict):
+        return value
+    try:
+        number = float(_no_bool(value))
+    except (TypeError, ValueError):
+        raise ValueError("expected a number, or a schedule such as {schedule: linear, start: 1.0, end: 0.1}") from None
+    if not 0 <= number < float("inf"):
+        raise ValueError("expected greater than or equal to 0, and finite")
+    return number
+
+
 def _names_or_one(value: Any) -> Any:
     if isinstance(value, str) or (isinstance(value, list) and value and all(isinstance(part, str) for part in value)):
         return value
     raise ValueError("expected a name, such as all-linear, or a list of names")
+
+
+def _blocks(value: Any) -> Any:
+    if type(value) is int and value >= 1:
+        return value
+    numbers = isinstance(value, list) and value and all(type(part) is int and part >= 0 for part in value)
+    if numbers and all(before < after for before, after in zip(value, value[1:], strict=False)):
+        return value
+    raise ValueError(
+        "expected how many blocks to keep, or their numbers from 0, each larger than the one before, such as [0, 3, 6]"
+    )
 
 
 Count = Annotated[int, Field(strict=True, ge=0)]
@@ -58,16 +82,46 @@ class LoraSection(Section):
     modules_to_save: list[Text] | None = None
 
 
-class StudentSection(Section):
-    """The model that learns. `load_kwargs` goes to `from_pretrained` as it is."""
+class InitSection(Section):
+    """A student cut out of a larger model: a copy with these decoder blocks alone; a number spreads them evenly."""
 
-    model: Text
+    source: Text = Field(alias="from")
+    keep_layers: Annotated[int | list[int], BeforeValidator(_blocks)]
+
+
+class StudentSection(Section):
+    """The model that learns: a whole one (`model`), or a part of one (`init`).
+
+    `revision`, `dtype` and `load_kwargs` (of `from_pretrained`, as they are) belong to whichever of the two is given.
+    """
+
+    model: Text | None = None
+    init: InitSection | None = None
     revision: Text | None = None
     dtype: Dtype = "float32"
     trust_remote_code: StrictBool = False
     attn_implementation: Text | None = None
     load_kwargs: Options = {}
     lora: LoraSection | None = None
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> StudentSection:
+        if (self.model is None) == (self.init is None):
+            got = "neither" if self.model is None else "both"
+            raise ValueError(
+                f"expected model (a whole model) or init (some blocks of one, see keep_layers), got {got}"
+            )
+        return self
+
+    @property
+    def origin(self) -> str:
+        """Where its weights and its tokenizer are read."""
+        return self.model if self.init is None else self.init.source
+
+    @property
+    def origin_key(self) -> str:
+        """The key that says so, for messages."""
+        return "student.model" if self.init is None else "student.init.from"
 
 
 class TeacherSection(Section):
@@ -154,6 +208,7 @@ class DataSection(Section):
     teacher_max_length: Positive | None = None
     too_long: Literal["raise", "drop"] = "raise"
     whole_text: StrictBool = False
+    token_weights: Text | None = None  # a column, or package.module:function
     seed: int = 0
 
 
@@ -163,15 +218,20 @@ class TermSection(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     kind: Text
-    weight: Annotated[Number, Field(ge=0)] = 1.0
+    weight: Annotated[Any, BeforeValidator(_weight)] = 1.0
     name: Text | None = None
 
 
 class LossSection(Section):
-    """The objective: a weighted sum of losses, computed over `chunk_size` tokens at a time (by itself when null)."""
+    """The objective: a weighted sum of losses, computed over `chunk_size` tokens at a time (by itself when null).
+
+    `tail` is what becomes of the mass outside a sparse teacher's ids; `compile_losses` is for `torch.compile`.
+    """
 
     terms: Annotated[list[TermSection], Field(min_length=1)] = [TermSection(kind="forward_kl")]
     chunk_size: Positive | None = None
+    tail: Literal["bucket", "renormalize"] = "bucket"
+    compile_losses: StrictBool = False
 
 
 class ForgettingSection(SourceSection):
@@ -225,4 +285,4 @@ class Recipe(Section):
 
     def resolved(self) -> dict[str, Any]:
         """Every key with its value, defaults included, as plain data that can be written as JSON or YAML."""
-        return self.model_dump(mode="json")
+        return self.model_dump(mode="json", by_alias=True)

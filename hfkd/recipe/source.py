@@ -165,7 +165,7 @@ def explain(error: ValidationError, root: type[BaseModel]) -> list[str]:
 def _line(fault: Any, root: type[BaseModel]) -> str:
     key = ".".join(str(part) for part in fault["loc"]) or "the recipe"
     if fault["type"] == "extra_forbidden":
-        known = list(_section_at(root, fault["loc"][:-1]).model_fields)
+        known = _keys(_section_at(root, fault["loc"][:-1]))
         return f"{key}: unknown key{near(str(fault['loc'][-1]), known)} (known here: {', '.join(known)})"
     if fault["type"] == "missing":
         return f"{key}: is required and is not given"
@@ -181,8 +181,13 @@ def _line(fault: Any, root: type[BaseModel]) -> str:
         else ""
     )
     if fault["type"] == "model_type":
-        expected = "a section with keys: " + ", ".join(_section_at(root, fault["loc"]).model_fields)
+        expected = "a section with keys: " + ", ".join(_keys(_section_at(root, fault["loc"])))
     return f"{key}: got {shown(fault['input'])} ({type(fault['input']).__name__}); expected {expected}{hint}"
+
+
+def _keys(section: type[BaseModel]) -> list[str]:
+    """The keys as they are written in a file: `from` can be no name in Python."""
+    return [field.alias or name for name, field in section.model_fields.items()]
 
 
 def _section_at(root: type[BaseModel], location: Sequence[str | int]) -> type[BaseModel]:

@@ -15,7 +15,7 @@ from hfkd.data.load import Source
 from hfkd.data.prompts import PromptBuilder, PromptStyle
 from hfkd.loading import readable
 from hfkd.objective import Objective, build_objective
-from hfkd.recipe.checks import needs_faults, term_specs
+from hfkd.recipe.checks import needs_faults, objective_options, term_specs
 from hfkd.recipe.schema import Recipe
 from hfkd.recipe.source import RecipeError
 from hfkd.record import check_output_folder, recipe_fingerprint
@@ -118,7 +118,7 @@ def build_for_evaluation(recipe: Recipe, adapter: Path | None = None) -> Run:
         raise ValueError(
             f"--adapter: {adapter} has no adapter_config.json; expected the folder of a LoRA run (a model whose "
             f"weights were all "
-            "trained is evaluated with student.model=FOLDER)"
+            "trained is evaluated with student.model=FOLDER, and student.init=null where the recipe has one)"
         )
     run = _settings(recipe, dry=False)
     run.take(load_data(recipe, run.sources))
@@ -188,8 +188,7 @@ def make_config(recipe: Recipe, **changes: Any) -> DistillationConfig:
         RecipeError: `DistillationConfig` refuses a value or a combination.
     """
     settings = dict(recipe.training)
-    if recipe.loss.chunk_size is not None:
-        settings["chunk_size"] = recipe.loss.chunk_size
+    settings |= objective_options(recipe)
     try:
         return DistillationConfig(**{**settings, **changes})
     except (ValueError, TypeError, ImportError) as error:
@@ -198,7 +197,7 @@ def make_config(recipe: Recipe, **changes: Any) -> DistillationConfig:
 
 def _make_objective(recipe: Recipe) -> Objective:
     try:
-        objective = build_objective(term_specs(recipe), recipe.loss.chunk_size)
+        objective = build_objective(term_specs(recipe), **objective_options(recipe))
     except ImportError as error:
         raise ValueError(f"loss.terms: {error}; install the package or put its folder on PYTHONPATH") from error
     except TypeError as error:

@@ -42,7 +42,7 @@ from hfkd.rollout.answers import teacher_answers
 from hfkd.rollout.hf import HFRollout
 from hfkd.run.build import Run, build, make_config
 from hfkd.run.evaluation import ask, movable, plain_results
-from hfkd.run.models import load_student
+from hfkd.run.models import describe_student, load_student, named_function, save_base
 from hfkd.run.progress import training_bar
 from hfkd.run.rows import Task
 from hfkd.run.words import accuracies_line, comparison_tables, plan_lines, summary_lines
@@ -141,6 +141,8 @@ class _Conductor:
         self._count_late(trainer.train_dataset)
         self.trains = True
         self._write_record()
+        if self.first:
+            save_base(self.recipe, run.tokenizer)
         with self._clock("training"), training_bar(trainer, self.console, "Training"):
             outcome = trainer.train(resume_from_checkpoint=_last_checkpoint(run))
         self.record.metrics = {key: value for key, value in outcome.metrics.items() if isinstance(value, int | float)}
@@ -166,7 +168,7 @@ class _Conductor:
         self.record.data = {name: rows_fingerprint(rows) for name, rows in parts.items()}
         if self.recipe.training.get("run_policy") == "resume":
             check_same_data(run.output_dir, self.record.data)
-        self.record.student = {"source": "folder" if Path(self.recipe.student.model).exists() else "hub"}
+        self.record.student = describe_student(self.recipe, run.model)
         self.record.objective = run.objective.describe()
         self.record.teacher = run.teacher.describe() if run.teacher is not None else {"kind": "none"}
 
@@ -360,13 +362,14 @@ def make_dataset(
         too_long=data.too_long,
         whole_text=data.whole_text,
         seed=data.seed,
+        token_weights=named_function(data.token_weights, "data.token_weights"),
     )
 
 
 def answers_fingerprint(recipe: Recipe) -> dict[str, Any]:
     """What decides the teacher's answers besides the prompts: whose weights they are, and how they are loaded."""
     section = recipe.student if recipe.teacher.kind == "self" else recipe.teacher
-    names = {"kind", "model", "revision", "dtype", "load_kwargs", "options"}
+    names = {"kind", "model", "init", "revision", "dtype", "load_kwargs", "options"}
     return mask(section.model_dump(mode="json", include=names))
 
 

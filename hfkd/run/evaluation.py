@@ -49,7 +49,7 @@ def evaluate_recipe(
         reports.append({"task": task.name, "k_shot": report.accuracies(), "details": plain_results(report)})
     first, *others = reports
     result = {
-        "model": recipe.student.model,
+        "model": recipe.student.origin,
         "adapter": str(adapter) if adapter else None,
         **first,
         "forgetting": others,

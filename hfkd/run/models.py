@@ -6,6 +6,7 @@ Knows how a damaged file shows itself and says so in one sentence; it doesn't kn
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfkd.recipe.schema import Recipe, StudentSection, TeacherSection
@@ -37,6 +38,15 @@ def import_named(name: str, key: str) -> Any:
     return getattr(module, attribute)
 
 
+def named_function(name: str | None, key: str) -> Any:
+    """What `package.module:function` names; any other text, and None, as it is.
+
+    Raises:
+        ValueError: It can't be imported.
+    """
+    return import_named(name, key) if name and ":" in name else name
+
+
 def load_tokenizer(section: StudentSection | TeacherSection) -> PreTrainedTokenizerBase:
     """The tokenizer of the student or of a local teacher; a missing padding token becomes the end token.
 
@@ -49,8 +59,9 @@ def load_tokenizer(section: StudentSection | TeacherSection) -> PreTrainedTokeni
 
     located = {key: value for key, value in section.load_kwargs.items() if key in _TOKENIZER_KWARGS}
     located.update(revision=section.revision, trust_remote_code=section.trust_remote_code)
-    what = f"the tokenizer of {'teacher' if isinstance(section, TeacherSection) else 'student'}.model {section.model}"
-    tokenizer = readable(lambda: AutoTokenizer.from_pretrained(section.model, **located), what)
+    teaches = isinstance(section, TeacherSection)
+    origin, key = (section.model, "teacher.model") if teaches else (section.origin, section.origin_key)
+    tokenizer = readable(lambda: AutoTokenizer.from_pretrained(origin, **located), f"the tokenizer of {key} {origin}")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -61,6 +72,7 @@ def load_student(recipe: Recipe, seed: int) -> PreTrainedModel:
 
     Raises:
         OSError: The model can't be found, or a file of it is truncated or damaged.
+        ValueError: The model hasn't the blocks that `student.init` keeps, or can't be cut.
     """
     from transformers import set_seed
 
@@ -70,7 +82,9 @@ def load_student(recipe: Recipe, seed: int) -> PreTrainedModel:
     settings = {"revision": student.revision, "dtype": student.dtype, "trust_remote_code": student.trust_remote_code}
     if student.attn_implementation is not None:
         settings["attn_implementation"] = student.attn_implementation
-    model = load_causal_lm(student.model, "student.model", **{**settings, **student.load_kwargs})
+    model = load_causal_lm(student.origin, student.origin_key, **{**settings, **student.load_kwargs})
+    if student.init is not None:
+        model = _cut(model, student.init.keep_layers)
     if student.lora is None:
         return model
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
@@ -79,7 +93,7 @@ def load_student(recipe: Recipe, seed: int) -> PreTrainedModel:
         model = prepare_model_for_kbit_training(model, bool(recipe.training.get("gradient_checkpointing")))
     lora = student.lora
     set_seed(seed)
-    return get_peft_model(
+    adapted = get_peft_model(
         model,
         LoraConfig(
             r=lora.r,
@@ -90,6 +104,48 @@ def load_student(recipe: Recipe, seed: int) -> PreTrainedModel:
             task_type="CAUSAL_LM",
         ),
     )
+    if student.init is not None:  # behind the whole model, whose name it bears, the adapter would be another one
+        adapted.active_peft_config.base_model_name_or_path = str(base_folder(recipe))
+    return adapted
+
+
+def _cut(model: PreTrainedModel, layers: int | list[int]) -> PreTrainedModel:
+    from hfkd.student import keep_layers
+
+    try:
+        return keep_layers(model, layers)
+    except ValueError as error:
+        raise ValueError(f"student.init.keep_layers: {error}") from error
+
+
+def base_folder(recipe: Recipe) -> Path:
+    """Where the model under an adapter is written when it is found nowhere else: beside the adapter."""
+    return Path(recipe.training["output_dir"]) / "base"
+
+
+def save_base(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write the model that an adapter was trained on, if the run cut it out of a larger one; otherwise nothing.
+
+    Args:
+        recipe: The adapter's own.
+        tokenizer: Goes with it.
+    """
+    student = recipe.student
+    if student.init is None or student.lora is None:
+        return
+    bare = recipe.model_copy(update={"student": student.model_copy(update={"lora": None})})
+    load_student(bare, seed=0).save_pretrained(base_folder(recipe))
+    tokenizer.save_pretrained(base_folder(recipe))
+
+
+def describe_student(recipe: Recipe, model: PreTrainedModel) -> dict[str, Any]:
+    """Plain data for the run record: where the student is from, and which of its blocks were kept."""
+    from hfkd.student import kept_layers
+
+    origin = recipe.student.origin
+    found = kept_layers(model.config) if recipe.student.init is not None else None
+    kept = {} if found is None else {"kept_layers": found[0], "layers_before": found[1]}
+    return {"source": "folder" if Path(origin).exists() else "hub", **kept}
 
 
 def prepare_teacher(

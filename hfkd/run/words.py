@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from hfkd.student import kept_layers
+
 if TYPE_CHECKING:
     from hfkd.run.build import Run
 
@@ -19,7 +21,7 @@ def plan_lines(run: Run) -> list[str]:
     """What the run will do, one line for each part of the recipe."""
     recipe = run.recipe
     lines = [
-        f"Student     {recipe.student.model}, {_trained(run)}",
+        f"Student     {_student(run)}, {_trained(run)}",
         f"Teacher     {_teacher(run)}",
         f"Data        {recipe.data.train.path}: {len(run.train)} to train, {len(run.demonstrations)} demonstrations",
         f"Answers     {_answers(run)}",
@@ -30,6 +32,11 @@ def plan_lines(run: Run) -> list[str]:
         lines.append(f"Evaluation  {_evaluation(run)}")
     lines.append(f"Output      {run.output_dir}")
     return lines
+
+
+def _student(run: Run) -> str:
+    kept = kept_layers(run.model.config) if run.recipe.student.init is not None else None
+    return f"{f'{len(kept[0])} of the {kept[1]} blocks of ' if kept else ''}{run.recipe.student.origin}"
 
 
 def _trained(run: Run) -> str:

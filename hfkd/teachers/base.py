@@ -63,6 +63,22 @@ class Teacher(ABC):
         """Hear of the tokens that all its prompts begin with; a teacher may use them to save work."""
         return None
 
+    def keep_states(self, layers: Sequence[int]) -> None:
+        """Hear of the layers whose states the losses will ask for (see `hfkd.states`).
+
+        Args:
+            layers: Numbers from 0 to the number of the teacher's blocks.
+
+        Raises:
+            TypeError: This teacher has no states to show.
+        """
+        if layers:
+            raise TypeError(
+                f"{type(self).__name__} shows no hidden states, but the losses read those of its layers "
+                f"{list(layers)}. Take a teacher that is a model in this process (LocalTeacher, SelfTeacher), or "
+                "losses that read distributions."
+            )
+
     def after_step(self, step: int) -> None:
         """Hear that the optimizer changed the student.
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hfkd.batch import Batch, View
@@ -18,7 +18,8 @@ from hfkd.errors import UnsupportedCache
 from hfkd.loading import load_causal_lm
 from hfkd.prefix import SharedPrefix
 from hfkd.rows import DenseRows, Head, base_model_of, decode, supervised
-from hfkd.signal import TeacherSignal
+from hfkd.signal import DISTRIBUTION, STATES, TeacherSignal
+from hfkd.states import recording
 from hfkd.teachers.base import Teacher, evaluating
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,11 @@ class ModelTeacher(Teacher):
             values.
     """
 
+    provides = frozenset({DISTRIBUTION, STATES})
+
+    state_layers: tuple[int, ...] = ()
+    """The layers whose states it shows to losses that ask for states."""
+
     def __init__(self, reuse_prefix: bool = True) -> None:
         self.reuse_prefix = reuse_prefix
         self.prefix: SharedPrefix | None = None
@@ -44,22 +50,39 @@ class ModelTeacher(Teacher):
         """Keep the prefix if it is long enough to pay and wanted."""
         self.prefix = SharedPrefix(ids) if self.reuse_prefix and len(ids) >= SharedPrefix.MINIMUM else None
 
-    def signal(self, batch: Batch, needs: frozenset[str]) -> TeacherSignal:
-        """Run the model on the teacher's view, without a graph, and keep the supervised rows."""
-        with torch.no_grad(), self.weights() as model:
-            return TeacherSignal(self._rows(model, batch.teacher_view))
+    def keep_states(self, layers: Sequence[int]) -> None:
+        """Remember the layers."""
+        self.state_layers = tuple(sorted(set(layers)))
 
-    def _rows(self, model: PreTrainedModel, view: View) -> DenseRows:
+    def signal(self, batch: Batch, needs: frozenset[str]) -> TeacherSignal:
+        """Run the model on the teacher's view, without a graph, and keep the supervised rows of its last hidden states
+        and of the states that were asked for.
+        """
+        layers = self.state_layers if STATES in needs else ()
+        with torch.no_grad(), self.weights() as model:
+            hidden, states, labels = self._run(model, batch.teacher_view, layers)
+            rows = DenseRows(supervised(hidden, labels), Head.of(model))
+        kept = {layer: supervised(state, labels) for layer, state in states.items()}
+        return TeacherSignal(rows, kept if STATES in needs else None)
+
+    def _run(
+        self, model: PreTrainedModel, view: View, layers: Sequence[int]
+    ) -> tuple[Tensor, dict[int, Tensor], Tensor]:
+        """Last hidden states, states by layer, and the labels that stand beside them: of the whole rows, or of what
+        follows the shared prefix.
+        """
         rest = None if self.prefix is None else self.prefix.rest_of(view)
         if rest is not None:
             try:
-                hidden = self.prefix.decode_rest(model, rest)
-                return DenseRows(supervised(hidden, rest.labels), Head.of(model))
+                with recording(model, layers) as recorder:
+                    hidden = self.prefix.decode_rest(model, rest)
+                return hidden, recorder.finish(hidden), rest.labels
             except UnsupportedCache as error:
                 logger.warning("The teacher's shared prefix of %d tokens isn't reused: %s", len(self.prefix), error)
                 self.prefix = None
-        hidden = decode(model, view.input_ids, view.attention_mask, view.position_ids).last_hidden_state
-        return DenseRows(supervised(hidden, view.labels), Head.of(model))
+        with recording(model, layers) as recorder:
+            hidden = decode(model, view.input_ids, view.attention_mask, view.position_ids).last_hidden_state
+        return hidden, recorder.finish(hidden), view.labels
 
 
 class LocalTeacher(ModelTeacher):

@@ -15,7 +15,7 @@ from test_trainer import Jeffreys
 from training import make_trainer, run, worst_difference
 
 from hfkd import LocalTeacher, Objective
-from hfkd.objective import Term
+from hfkd.terms import Term
 
 pytestmark = pytest.mark.dist
 SCRIPT = Path(__file__).parent / "train_once.py"

@@ -17,7 +17,7 @@ from training import make_trainer, trained_weights
 
 from hfkd import LocalTeacher, Objective
 from hfkd.data.collate import DistillationCollator
-from hfkd.objective import Term
+from hfkd.terms import Term
 
 
 def main(folder: Path, case: str) -> None:

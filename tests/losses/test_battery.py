@@ -12,8 +12,10 @@ import re
 import pytest
 import torch
 from battery import (
-    NOT_IN_THE_REFERENCE,
+    DETACHED,
+    ORDERED,
     ROWS,
+    UNBOUNDED_IN_A_LOGIT,
     VOCABULARY,
     assert_live,
     assert_near,
@@ -23,11 +25,12 @@ from battery import (
     every_row_by_row_case,
     has_temperature,
     logits_case,
+    may_be_infinite,
     reference_value,
+    sparse_reference,
     with_temperature,
     zero_at_equality,
 )
-from reference import REFERENCES
 from torch import Tensor
 
 from hfkd.losses import LOSSES, Divergence, TokenLoss
@@ -44,7 +47,8 @@ def test_value_equals_the_definition(kind, arguments, temperature):
     arguments = with_temperature(kind, arguments, temperature)
     student, teacher, targets = logits_case()
     expected = reference_value(kind, arguments, student, teacher, targets)
-    assert expected.abs().min() > 1e-3
+    costly = expected[1:] if kind == "span_correlation" else expected  # a span's first row has no neighbour before it
+    assert costly.abs().mean() > 1e-3 and (costly.abs() > 1e-6).double().mean() > 0.8
     ours = LOSSES[kind](**arguments)(TokenChunk.from_logits(targets, student, teacher))
     assert ours.dtype == torch.float32 and ours.shape == (ROWS,)
     torch.testing.assert_close(ours.double(), expected, rtol=1e-6, atol=1e-6 * expected.abs().max().item())
@@ -68,6 +72,8 @@ def test_gradient_equals_the_definition(kind, arguments, temperature):
 @every_case
 def test_gradient_equals_finite_differences(kind, arguments):
     """Prevents a hand-written or detached backward that no autograd comparison of two copies would notice."""
+    if kind in DETACHED:
+        pytest.skip("its weight is taken out of the graph; its gradient is compared with the definition's alone")
     student, teacher, targets = logits_case(rows=3)
     loss = LOSSES[kind](**arguments)
     logits = student.double().requires_grad_(True)
@@ -79,12 +85,20 @@ def test_gradient_equals_finite_differences(kind, arguments):
     assert torch.autograd.gradcheck(value, (logits,), eps=1e-6, atol=1e-6, rtol=1e-5)
 
 
+READS_MORE = ("normalized_kd", "clipped_kl")
+"""They read the target, so their one method is `compare`; the test of the whole loss is the one that counts."""
+
+
 @every_loss
 def test_between_passes_gradcheck(kind):
     """Prevents a `between` that is right only behind the base class, where users call and subclass it."""
     if not issubclass(LOSSES[kind], Divergence):
         assert not hasattr(LOSSES[kind], "between")
         return
+    if kind in DETACHED:
+        pytest.skip("its weight is taken out of the graph")
+    if kind in READS_MORE:
+        pytest.skip("log-probabilities alone are not all that it reads")
     student, teacher, _ = logits_case(rows=3)
     loss, fixed = LOSSES[kind](), torch.log_softmax(teacher.double(), -1)
     logits = student.double().requires_grad_(True)
@@ -133,8 +147,19 @@ def test_temperature_squared_scales_value_and_gradient_alike(kind, arguments):
         results.append((value, torch.autograd.grad(value.sum(), student)[0]))
     (scaled, scaled_gradient), (plain, plain_gradient) = results
     assert_live(scaled_gradient, plain_gradient)
-    assert_near(scaled, 9.0 * plain, 1e-5)
-    assert_near(scaled_gradient, 9.0 * plain_gradient, 1e-5)
+    left, left_gradient = _not_tempered(kind)
+    assert_near(scaled - left, 9.0 * (plain - left), 1e-5)
+    assert_near(scaled_gradient - left_gradient, 9.0 * (plain_gradient - left_gradient), 1e-5)
+
+
+def _not_tempered(kind: str) -> tuple[Tensor, Tensor]:
+    """The part of a loss that stands at temperature 1 by its definition, and its gradient; 0 for all but one."""
+    student, teacher, targets = logits_case()
+    if kind != "normalized_kd":
+        return torch.zeros(ROWS), torch.zeros_like(student)
+    student.requires_grad_(True)
+    part = reference_value(kind, {"non_target_weight": 0.0}, student, teacher, targets)
+    return part.detach().float(), torch.autograd.grad(part.sum(), student)[0]
 
 
 @every_case
@@ -142,13 +167,14 @@ def test_temperature_squared_scales_value_and_gradient_alike(kind, arguments):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_finite_at_a_logit_gap_of_200(kind, arguments, temperature, dtype):
     """Prevents NaN from the log of a probability that underflowed, in the first confident disagreement of a run."""
-    student = torch.zeros(6, VOCABULARY, dtype=dtype)
-    teacher = torch.zeros(6, VOCABULARY, dtype=dtype)
+    # Not quite flat: the order of tied entries is nobody's. Sixty-fourths are exact in every dtype.
+    steps = torch.arange(VOCABULARY) / 64
+    student, teacher = steps.flip(0).repeat(6, 1).to(dtype), steps.repeat(6, 1).to(dtype)
     student[0, 0], teacher[0, 1] = 200.0, 200.0  # both certain, of different tokens
     student[1, 0], teacher[1, 0] = 200.0, 200.0  # both certain, of the same
     student[2, 0] = 200.0
     teacher[3, 0] = 200.0
-    student[4, :], teacher[4, :] = 0.0, 0.0
+    student[4, :] = teacher[4, :]
     student[5, 0], teacher[5, 0] = -200.0, 200.0
     targets = torch.tensor([1, 0, 3, 0, 2, 0])
     student.requires_grad_(True)
@@ -159,7 +185,12 @@ def test_finite_at_a_logit_gap_of_200(kind, arguments, temperature, dtype):
     expected = reference_value(
         kind, with_temperature(kind, arguments, temperature), student.detach(), teacher, targets
     )
-    assert torch.isfinite(expected).all() and expected.max() > 0.1
+    assert torch.isfinite(expected).all() and expected.max() > 1e-2
+    if kind == "clipped_kl":
+        if "quantiles" not in arguments:
+            return  # the learned upper quantile begins where a ramp meets the end of all mass: 0 or 1e-7 is rounding
+        torch.testing.assert_close(value.double(), expected, rtol=1e-3, atol=1e-4)
+        return
     torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -175,11 +206,13 @@ def test_finite_where_a_probability_is_exactly_zero(kind, arguments, both):
     student.requires_grad_(True)
     value = LOSSES[kind](**arguments)(TokenChunk.from_logits(targets, student, teacher))
     (gradient,) = torch.autograd.grad(value.sum(), student)
-    assert torch.isfinite(value).all()
+    assert torch.isfinite(value).all() and torch.isfinite(gradient).all()
+    if kind in UNBOUNDED_IN_A_LOGIT:
+        return  # what it makes of the stand-in for minus infinity is no more than finite
     assert_live(gradient)
     expected = reference_value(kind, arguments, student.detach(), teacher, targets)
     known = torch.isfinite(expected)
-    assert known.all() or (kind == "reverse_kl" and not both)
+    assert known.all() or (may_be_infinite(kind, arguments) and (not both or kind == "logit_binary_kl"))
     torch.testing.assert_close(value.double()[known], expected[known], rtol=1e-5, atol=1e-6)
     if both:
         assert gradient[:, -4:].abs().max() == 0
@@ -190,7 +223,7 @@ def test_finite_where_a_probability_is_exactly_zero(kind, arguments, both):
 def test_half_precision_logits_are_measured_in_float32(kind, arguments, dtype):
     """Prevents divergences that go negative in production, because a softmax was taken in bfloat16."""
     student, teacher, targets = logits_case()
-    student, teacher = student.to(dtype), teacher.to(dtype)
+    student, teacher = student.to(dtype), teacher if kind in ORDERED else teacher.to(dtype)
     expected = reference_value(kind, arguments, student, teacher, targets)
     for enabled in (False, True):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
@@ -210,7 +243,11 @@ def test_settings_rebuild_the_loss(kind, arguments):
     student, teacher, targets = logits_case()
     chunk = TokenChunk.from_logits(targets, student, teacher)
     assert torch.equal(again(chunk), loss(chunk))
-    assert all(loss.settings()[name] == value for name, value in arguments.items())
+    assert all(_plain(loss.settings()[name]) == _plain(value) for name, value in arguments.items())
+
+
+def _plain(value: object) -> object:
+    return list(value) if isinstance(value, (list, tuple)) else value
 
 
 @every_row_by_row_case
@@ -221,20 +258,19 @@ def test_sparse_teacher_is_measured_with_its_tail(kind, arguments, temperature, 
     if not issubclass(LOSSES[kind], Divergence):
         return  # reads no teacher
     student, teacher, targets = logits_case()
-    p = torch.softmax(teacher.double() / temperature, -1)
+    p = torch.log_softmax(teacher.double() / temperature, -1)
     ids = p.topk(kept, -1).indices
+    rows = TopKRows(ids, p.gather(-1, ids).float(), VOCABULARY, temperature)
+    loss = LOSSES[kind](**with_temperature(kind, arguments, temperature))
+    if kind == "normalized_kd" and temperature != 1.0:
+        with pytest.raises(ValueError, match="temperature"):  # what p(y) is at temperature 1 can't be known
+            loss(TokenChunk(targets, student, rows))
+        return
     exact = student.double().requires_grad_(True)
-    q = torch.softmax(exact / temperature, -1)
-    q_kept, p_kept = (torch.cat([x.gather(-1, ids), 1 - x.gather(-1, ids).sum(-1, True)], -1) for x in (q, p))
-    if kept == VOCABULARY:
-        q_kept, p_kept = q.gather(-1, ids), p.gather(-1, ids)
-    expected = temperature**2 * REFERENCES[kind](
-        q_kept.log(), p_kept.log(), None, **{k: v for k, v in arguments.items() if k not in NOT_IN_THE_REFERENCE}
-    )
+    expected = sparse_reference(kind, arguments, exact, teacher, targets, ids, temperature)
     (expected_gradient,) = torch.autograd.grad(expected.sum(), exact)
     student.requires_grad_(True)
-    rows = TopKRows(ids, p.gather(-1, ids).log().float(), VOCABULARY, temperature)
-    ours = LOSSES[kind](**with_temperature(kind, arguments, temperature))(TokenChunk(targets, student, rows))
+    ours = loss(TokenChunk(targets, student, rows))
     (gradient,) = torch.autograd.grad(ours.sum(), student)
     assert_live(gradient, expected_gradient)
     assert_near(ours, expected, 1e-5)
@@ -286,4 +322,4 @@ def test_docstring_example_runs(kind):
 def test_the_key_is_the_name_of_the_class(kind):
     """Prevents a recipe key that names another measure than the class it builds."""
     assert issubclass(LOSSES[kind], TokenLoss)
-    assert LOSSES[kind].__name__.replace("KL", "Kl") == "".join(part.title() for part in kind.split("_"))
+    assert LOSSES[kind].__name__.lower() == kind.replace("_", "") and LOSSES[kind].key == kind

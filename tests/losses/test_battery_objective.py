@@ -8,13 +8,17 @@ import pytest
 import torch
 from battery import (
     GROUP,
+    ORDERED,
     ROWS,
+    UNBOUNDED_IN_A_LOGIT,
     VOCABULARY,
     WIDTH,
     World,
     assert_live,
     assert_near,
+    assert_reached,
     both_temperatures,
+    company,
     every_case,
     every_row_by_row_case,
     only,
@@ -24,10 +28,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hfkd.losses import LOSSES
-from hfkd.objective import Term, build_objective
+from hfkd.objective import build_objective
 from hfkd.rows import DenseRows, Head, TopKRows
 from hfkd.signal import TeacherSignal
 from hfkd.support import TokenChunk
+from hfkd.terms import Term
 
 # ------------------------------------------------------------------------- through the whole objective
 
@@ -41,7 +46,8 @@ def test_objective_equals_dense_autograd(kind, arguments, temperature, bias):
     world = World(bias=bias)
     expected, expected_gradients = world.reference(kind, arguments)
     result, gradients = world.ours(only(kind, arguments), chunk_size=5)
-    assert_live(*gradients, *expected_gradients)
+    assert_reached(kind, gradients)
+    assert_reached(kind, expected_gradients)
     assert len(gradients) == 2 + bias and result.tokens == ROWS
     assert_near(result.total, expected, 1e-5)
     assert_near(torch.as_tensor(result.parts[kind]), expected, 1e-5)
@@ -55,7 +61,7 @@ def test_chunk_size_changes_nothing(kind, arguments):
     world = World()
     outcomes = [world.ours(only(kind, arguments), chunk_size=size) for size in (1, 5, ROWS, ROWS + 1, None)]
     (first, first_gradients), *others = outcomes
-    assert_live(*first_gradients)
+    assert_reached(kind, first_gradients)
     for result, gradients in others:
         assert_near(result.total, first.total, 1e-5)
         for ours, theirs in zip(gradients, first_gradients, strict=True):
@@ -70,7 +76,7 @@ def test_reading_a_chunk_in_blocks_changes_nothing(kind, arguments, monkeypatch)
     for rows in (1, 3):
         monkeypatch.setattr("hfkd.chunks.BLOCK_VALUES", rows * VOCABULARY)
         result, gradients = world.ours(only(kind, arguments), chunk_size=7, weights=world.token_weights)
-        assert_live(*gradients)
+        assert_reached(kind, gradients)
         assert_near(result.total, expected, 1e-5)
         for ours, theirs in zip(gradients, expected_gradients, strict=True):
             assert_near(ours, theirs, 1e-5)
@@ -93,7 +99,7 @@ def test_sparse_teacher_reaches_the_objective_row_by_row(kind, arguments, monkey
         result = build_objective(only(kind, arguments), size)(
             DenseRows(world.hidden, Head(world.weight, world.bias)), TeacherSignal(rows), world.targets
         )
-        assert_live(*torch.autograd.grad(result.total, [world.hidden, world.weight, world.bias]))
+        assert_reached(kind, torch.autograd.grad(result.total, [world.hidden, world.weight, world.bias]))
         assert_near(result.total, by_group, 1e-5)
 
 
@@ -131,7 +137,7 @@ def test_frozen_head_gets_no_gradient_and_costs_none(kind, arguments):
     assert result.total.requires_grad
     assert_live(gradients[0], expected[0])
     assert_near(gradients[0], expected[0], 1e-6)
-    assert (GROUP, VOCABULARY) in sizes.seen and not {of_head, of_all_logits} & sizes.seen
+    assert any((rows, VOCABULARY) in sizes.seen for rows in (3, GROUP)) and not {of_head, of_all_logits} & sizes.seen
 
 
 @every_case
@@ -141,10 +147,10 @@ def test_token_weights_multiply_each_token(kind, arguments):
     world.token_weights[[0, 6]] = 0.0
     expected, expected_gradients = world.reference(kind, arguments, weights=world.token_weights)
     unweighted, _ = world.reference(kind, arguments)
-    assert (expected - unweighted).abs() > 1e-2
+    assert (expected - unweighted).abs() > 1e-2 * unweighted.abs()
     for size in (1, 5, ROWS):
         result, gradients = world.ours(only(kind, arguments), chunk_size=size, weights=world.token_weights)
-        assert_live(*gradients)
+        assert_reached(kind, gradients)
         assert_near(result.total, expected, 1e-5)
         for ours, theirs in zip(gradients, expected_gradients, strict=True):
             assert_near(ours, theirs, 1e-5)
@@ -157,7 +163,7 @@ def test_backward_scales_the_gradient(kind, arguments):
     _, full = world.ours(only(kind, arguments))
     full = [gradient.clone() for gradient in full]
     _, part = world.ours(only(kind, arguments), factor=0.125)
-    assert_live(*full)
+    assert_reached(kind, full)
     for ours, theirs in zip(part, full, strict=True):
         assert_near(ours, 0.125 * theirs, 1e-6)
 
@@ -166,10 +172,10 @@ def test_backward_scales_the_gradient(kind, arguments):
 def test_term_weight_multiplies_total_and_not_parts(kind, arguments):
     """Prevents a logged term that silently holds its weight, and a weight that misses the gradient."""
     world = World()
-    one, full = world.ours([Term(kind, LOSSES[kind](**arguments))])
+    one, full = world.ours([Term(kind, LOSSES[kind](**arguments)), *company(kind, arguments)])
     full = [gradient.clone() for gradient in full]
-    half, part = world.ours([Term(kind, LOSSES[kind](**arguments), weight=0.5)])
-    assert_live(*full)
+    half, part = world.ours([Term(kind, LOSSES[kind](**arguments), weight=0.5), *company(kind, arguments)])
+    assert_reached(kind, full)
     assert_near(half.total, 0.5 * one.total, 1e-6)
     assert_near(torch.as_tensor(half.parts[kind]), torch.as_tensor(one.parts[kind]), 1e-6)
     for ours, theirs in zip(part, full, strict=True):
@@ -206,12 +212,12 @@ def test_value_without_a_graph(kind, arguments):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_objective_in_half_precision_follows_the_definition(kind, arguments, dtype):
     """Prevents half precision beyond the models' own: the same rounded inputs must give nearly the exact gradients."""
-    world = World(dtype=dtype)
+    world = World(dtype=dtype, teacher_dtype=torch.float32 if kind in ORDERED else dtype)
     expected, expected_gradients = world.reference(kind, arguments)
-    rounding = torch.finfo(dtype).eps
+    rounding = torch.finfo(dtype).eps * (2 if kind == "span_correlation" else 1)  # a product of two rows, squared
     result, gradients = world.ours(only(kind, arguments), chunk_size=5)
     assert result.total.dtype == torch.float32
-    assert_live(*gradients)
+    assert_reached(kind, gradients)
     assert all(gradient.dtype == dtype for gradient in gradients)
     assert_near(result.total, expected, rounding)
     for ours, theirs in zip(gradients, expected_gradients, strict=True):
@@ -230,7 +236,8 @@ def test_half_precision_states_with_a_float32_head(kind, arguments):
     result, gradients = world.ours(only(kind, arguments), chunk_size=5)
     expected, expected_gradients = whole.ours(only(kind, arguments), chunk_size=5)
     assert [gradient.dtype for gradient in gradients] == [torch.bfloat16, torch.float32, torch.float32]
-    assert_live(*gradients, *expected_gradients)
+    assert_reached(kind, gradients)
+    assert_reached(kind, expected_gradients)
     rounding = torch.finfo(torch.bfloat16).eps
     assert_near(result.total, expected.total, rounding)
     for ours, theirs in zip(gradients, expected_gradients, strict=True):
@@ -245,11 +252,12 @@ def test_objective_is_finite_at_extreme_and_ruled_out_logits(kind, arguments, dt
     logits = torch.zeros(6, width)
     logits[0, 0], logits[1, 1], logits[3, :2], logits[4, 0] = 200.0, 200.0, 100.0, -100.0
     logits[2] = torch.tensor([2.0, -1.0, 0.5, 0.0, 1.0, 1.5])
+    logits[5] = torch.linspace(0.5, 0.0, width)
     others = logits[[1, 0, 3, 4, 5, 2]] / 10
     hidden = (logits / 10).to(dtype).requires_grad_(True)  # states and weights share the gap of 200, as in a model
     weight = (10 * torch.eye(width)).to(dtype).requires_grad_(True)
     closed = torch.zeros(width, dtype=dtype)
-    closed[-1] = -torch.inf
+    closed[-1] = -50.0 if kind in UNBOUNDED_IN_A_LOGIT else -torch.inf
     for student_bias in (None, closed):
         result = build_objective(only(kind, arguments))(
             DenseRows(hidden, Head(weight, student_bias)),
@@ -258,4 +266,4 @@ def test_objective_is_finite_at_extreme_and_ruled_out_logits(kind, arguments, dt
         )
         gradients = torch.autograd.grad(result.total, [hidden, weight])
         assert torch.isfinite(result.total) and result.total > 0
-        assert_live(*gradients)
+        assert_reached(kind, gradients)

@@ -1,0 +1,44 @@
+"""What the trainer's parts are told as a run goes on: the data of each epoch, objective and teacher of each step.
+
+Nothing here computes; it passes on what Trainer says.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import Trainer, TrainerCallback
+
+from hfkd.data.views import DistillationDataset
+from hfkd.distributed import average_gradients
+
+
+class Steps(TrainerCallback):
+    """Tells the data of each epoch, and the objective and the teacher of each step.
+
+    Args:
+        trainer: A trainer with an `objective` and a `teacher`, which are told.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The first weights and temperatures; a schedule that can't be over in time is refused here."""
+        self.trainer.objective.set_step(state.global_step, state.max_steps)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Let the student's demonstrations be drawn anew."""
+        dataset = self.trainer.train_dataset
+        if isinstance(dataset, DistillationDataset):
+            dataset.set_epoch(int(state.epoch or 0))
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Bring the losses' gradients together."""
+        average_gradients(self.trainer.objective.parameters())
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The student changed, and the next step has its own weights and temperatures."""
+        self.trainer.objective.set_step(state.global_step, state.max_steps)
+        if self.trainer.teacher is not None:
+            self.trainer.teacher.after_step(state.global_step)

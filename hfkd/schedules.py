@@ -1,0 +1,118 @@
+"""A number that changes while a run goes on: the weight of a term, or its temperature.
+
+A schedule is a pure function of the step, so that nothing about it has to be kept in a checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+KINDS = ("linear", "cosine", "step")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """From one number to another.
+
+    Args:
+        schedule: `linear` or `cosine` (half a wave) between the two steps, or `step`: `start` before `end_step`, `end`
+            from there on.
+        start: The value up to `start_step`.
+        end: The value from `end_step` on.
+        start_step: Optimizer steps made when the change begins, >= 0.
+        end_step: Optimizer steps made when it is over, > `start_step`; None means the last step of the run.
+
+    Raises:
+        ValueError: An unknown kind, a value that is no finite number, or an end before the start.
+
+    Example:
+        >>> Schedule("linear", start=1.0, end=0.0, end_step=10).at(5)
+        0.5
+    """
+
+    schedule: str
+    start: float
+    end: float
+    start_step: int = 0
+    end_step: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check by itself; which values make sense is for its owner to say."""
+        if self.schedule not in KINDS:
+            raise ValueError(f"the schedule is {self.schedule!r}; expected one of {', '.join(KINDS)}")
+        if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in (self.start, self.end)):
+            raise ValueError(f"it goes from {self.start!r} to {self.end!r}; expected two finite numbers")
+        if self.start_step < 0 or (self.end_step is not None and self.end_step <= self.start_step):
+            raise ValueError(
+                f"it starts at step {self.start_step} and ends at step {self.end_step}; expected an end after the "
+                "start, and a start at 0 or later"
+            )
+
+    def at(self, step: int, total: int | None = None) -> float:
+        """The value after `step` optimizer steps.
+
+        Args:
+            step: Optimizer steps made so far.
+            total: Those of the whole run; needed where `end_step` is None.
+
+        Raises:
+            ValueError: The end is left to the run, and its length isn't known or is over before the start.
+        """
+        end = self.end_step if self.end_step is not None else total
+        if end is None or end <= self.start_step:
+            raise ValueError(
+                f"the schedule starts at step {self.start_step} and is to end with the run, which has "
+                f"{total if total is not None else 'an unknown number of'} steps; give `end_step` a number above the "
+                "start, or a longer run"
+            )
+        if self.schedule == "step":
+            return float(self.end if step >= end else self.start)
+        done = min(1.0, max(0.0, (step - self.start_step) / (end - self.start_step)))
+        if self.schedule == "cosine":
+            done = 0.5 * (1.0 - math.cos(math.pi * done))
+        return float(self.start + (self.end - self.start) * done)
+
+    def describe(self) -> dict[str, Any]:
+        """The recipe form."""
+        return asdict(self)
+
+
+def constant_or_schedule(value: float | Mapping[str, Any] | Schedule, name: str) -> float | Schedule:
+    """Read a number, or the recipe form of a schedule.
+
+    Args:
+        value: A number, a `Schedule`, or its fields as a mapping.
+        name: What it is, for messages.
+
+    Raises:
+        ValueError: It is neither; the message begins with the name.
+    """
+    if isinstance(value, (Schedule, float, int)) and not isinstance(value, bool):
+        return value if isinstance(value, Schedule) else float(value)
+    known = [field.name for field in fields(Schedule)]
+    if (
+        not isinstance(value, Mapping)
+        or not set(value) <= set(known)
+        or not {"schedule", "start", "end"} <= set(value)
+    ):
+        raise ValueError(
+            f"{name} is {value!r}; expected a number, or a schedule such as "
+            "{schedule: linear, start: 1.0, end: 0.1, end_step: 500} with the keys " + ", ".join(known) + "."
+        )
+    try:
+        return Schedule(**value)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{name}: {error}.") from error
+
+
+def all_values(value: float | Schedule) -> tuple[float, float]:
+    """The two ends between which a number stays."""
+    return (value.start, value.end) if isinstance(value, Schedule) else (value, value)
+
+
+def described(value: float | Schedule) -> float | dict[str, Any]:
+    """The recipe form of a number or a schedule."""
+    return value.describe() if isinstance(value, Schedule) else value
