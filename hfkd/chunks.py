@@ -119,7 +119,9 @@ class Run:
             self._note(chunk.measures)
             if count:
                 self.agreed += chunk.agreement()
-            if self.with_gradient:
+            if self.with_gradient and not total.requires_grad:
+                work.add(reader, block, None)  # nothing to say of these rows
+            elif self.with_gradient:
                 found = torch.autograd.grad(total, [*inputs.tensors, *self.parameters], allow_unused=True)
                 work.add(reader, block, found[0])
                 buffers.add(found[1:], inputs, rows, block)

@@ -140,12 +140,12 @@ class TokenChunk:
             Student and teacher, [n, k + 1] each; without a tail where the k ids are all there are, or where it is left
             out by `tail`.
         """
-        teacher, ids = self._given(), self.top_ids(k)
-        if isinstance(teacher, TopKRows):
-            places = self.top(k)
-            return self._listed(ids, self._known(teacher, temperature).gather(-1, places), temperature)
-        theirs = _cut_to(_divided(teacher, temperature), ids)
-        return _cut_to(_divided(self._student_logits, temperature), ids), theirs
+        places = self.top(k)
+        if self.sparse:
+            student, teacher = self.log_probs(temperature)
+        else:
+            student, teacher = (_divided(logits, temperature) for logits in (self._student_logits, self._given()))
+        return _cut_to(student, places), _cut_to(teacher, places)
 
     def shared_log_probs(self, k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Both distributions with all rows on the same ids: each id that is among the k likeliest of any row, on
@@ -256,14 +256,14 @@ class TokenChunk:
 
     def _places(self, ids: Tensor) -> Tensor:
         found = ids == self.targets[:, None]
-        listed = found.any(dim=-1)
-        complete = ids.shape[-1] == self._student_logits.shape[-1]
-        if self.sparse and self.tail == "renormalize" and not complete and not bool(listed.all()):
-            raise ValueError(
-                "This loss asks where the text's own token is, but the teacher's top-k ids don't hold it, and without "
-                "a tail it is nowhere. Take tail 'bucket', or rows with more ids."
-            )
-        return torch.where(listed, found.to(torch.uint8).argmax(dim=-1), ids.shape[-1])
+        if self.sparse and self.tail == "renormalize":
+            listed = self._teacher.ids == self.targets[:, None]
+            if not bool(listed.any(dim=-1).all()):
+                raise ValueError(
+                    "This loss asks where the text's own token is, but the teacher's top-k ids don't hold it, and "
+                    "without a tail it is nowhere. Take tail 'bucket', or rows with more ids."
+                )
+        return torch.where(found.any(dim=-1), found.to(torch.uint8).argmax(dim=-1), ids.shape[-1])
 
 
 def _divided(logits: Tensor, temperature: float) -> Tensor:
@@ -278,8 +278,8 @@ def _rest(known: Tensor) -> Tensor:
 
 
 def _cut_to(logits: Tensor, ids: Tensor) -> Tensor:
-    """[n, K + 1] log-probabilities of some ids [n, K] of each row, and of all others together; [n, K] if they are all
-    there are.
+    """[n, K + 1] log-probabilities of some columns [n, K] of each row, and of all others together; [n, K] if they are
+    all there are.
     """
     chosen = logits.gather(-1, ids)
     if ids.shape[-1] == logits.shape[-1]:

@@ -107,7 +107,12 @@ class SpanCorrelation(Divergence):
 
     def _checked(self, spans: Sequence[tuple[int, int]], length: int) -> list[tuple[int, int]]:
         """The spans in order, or an error."""
-        pairs = sorted((int(start), int(end)) for start, end in spans)
+        try:
+            pairs = sorted((int(start), int(end)) for start, end in spans)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{self.key}: {_name_of(self.spans)} returned {spans!r}; expected a list of pairs (start, end)."
+            ) from error
         reached = 0
         for start, end in pairs:
             if start < reached or end <= start or end > length:
@@ -126,8 +131,7 @@ class SpanCorrelation(Divergence):
         if not chunk.sparse:
             return self.between(*chunk.log_probs(self.temperature))
         listed = chunk.logits()[1].shape[-1]
-        student, teacher = chunk.shared_log_probs(listed, self.temperature)
-        return self.between(student[:, :-1], teacher[:, :-1])
+        return self.between(*chunk.shared_log_probs(listed, self.temperature))
 
     def between(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Return [n], what each row costs together with the one before; the n rows are one span."""

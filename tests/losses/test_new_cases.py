@@ -190,6 +190,14 @@ def test_clipped_kl_always_compares_the_target():
     assert seen.item() == pytest.approx(expected, abs=1e-5)
 
 
+def test_clipped_kl_does_not_see_what_the_student_gives_to_removed_entries():
+    """Prevents the belief that it bounds a KL: both sides are taken relative to what is kept."""
+    teacher = torch.tensor([[0.30, 0.25, 0.20, 0.15, 0.06, 0.04]])
+    student = torch.tensor([[0.0030, 0.0025, 0.0020, 0.0015, 1e-6, 0.991]])  # .99 on what the teacher likes least
+    assert cost("forward_kl", student.log(), teacher.log()).item() > 4.0
+    assert cost("clipped_kl", student.log(), teacher.log(), quantiles=[0.1, 0.8]).item() < 1e-3
+
+
 def test_learned_quantiles_begin_wide_and_learn():
     """Prevents quantiles that are called learned and stay where they began, or that begin by keeping nothing."""
     student, teacher, targets = logits_case()
