@@ -39,6 +39,7 @@ class Steps(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The student changed, and the next step has its own weights and temperatures."""
+        self.trainer.objective.zero_grad()  # Trainer empties the model's gradients only
         self.trainer.objective.set_step(state.global_step, state.max_steps)
         if self.trainer.teacher is not None:
             self.trainer.teacher.after_step(state.global_step)

@@ -82,6 +82,17 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
             parameter.grad /= processes
 
 
+def same_everywhere(parameters: Iterable[nn.Parameter]) -> None:
+    """Give all processes the first one's values of parameters that no wrapper looks after.
+
+    Args:
+        parameters: Of the same shapes on every process.
+    """
+    if PartialState().num_processes > 1:
+        for parameter in parameters:
+            torch.distributed.broadcast(parameter.data, src=0)
+
+
 def is_main_process() -> bool:
     """Whether this process may print and write."""
     return PartialState().is_main_process

@@ -111,6 +111,7 @@ class Objective(nn.Module):
         vocab_size = Head.of(student).vocab_size
         for term in self.terms:
             if not isinstance(term.loss, StateLoss):
+                _check_ids(term, vocab_size)
                 term.loss.prepare(state_width(student), vocab_size)
                 continue
             if teacher is None:
@@ -233,6 +234,17 @@ def build_objective(
     return spec if isinstance(spec, Objective) else Objective(spec, chunk_size, tail, compile_losses)
 
 
+def _check_ids(term: Term, vocab_size: int) -> None:
+    """Refuse a loss that is to read more likeliest ids than there are."""
+    for name in ("support", "top"):
+        asked = term.loss.settings().get(name)
+        if asked is not None and asked > vocab_size:
+            raise ValueError(
+                f"The term {term.name!r} is to read the {asked} likeliest ids ({name}), but the vocabulary has "
+                f"{vocab_size}. Give {name} at most that."
+            )
+
+
 def _state_rows(
     states: Mapping[int, Tensor] | None, signal: TeacherSignal | None, layout: RowLayout, targets: Tensor
 ) -> StateRows:
@@ -267,6 +279,11 @@ def _check_rows(
         counts["teacher"] = len(teacher)
     if weights is not None:
         counts["weights"] = weights.shape[0]
+    if isinstance(teacher, TopKRows) and teacher.ids.shape[-1] > teacher.vocab_size:
+        raise ValueError(
+            f"The teacher's sparse rows list {teacher.ids.shape[-1]} ids each, but its vocabulary has "
+            f"{teacher.vocab_size}. Take at most that many."
+        )
     if len(set(counts.values())) > 1:
         raise ValueError(
             f"The numbers of rows differ: {counts}. Row i of each must speak of the same supervised token; check the "

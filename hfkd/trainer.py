@@ -31,7 +31,7 @@ from hfkd.data.collate import DistillationCollator
 from hfkd.data.prompts import PromptBuilder, PromptStyle
 from hfkd.data.views import DistillationDataset
 from hfkd.data.weights import TokenWeights
-from hfkd.distributed import run_inside, total_over_processes
+from hfkd.distributed import run_inside, same_everywhere, total_over_processes
 from hfkd.errors import NonFiniteLoss, NothingToLearn
 from hfkd.gradients import check_gradients_can_be_told_apart, norms_by_term
 from hfkd.metrics import Meter, per_token
@@ -221,6 +221,7 @@ class DistillationTrainer(Trainer):
         else:
             self.objective.prepare(self.model)
         self.objective.to(self.args.device)
+        same_everywhere(self.objective.parameters())
 
     # --- a step
 

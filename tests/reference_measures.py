@@ -128,7 +128,7 @@ def clipped_kl(
     teacher_logits,
     targets,
     support=256,
-    quantiles=(0.05, 0.95),
+    quantiles=(0.04, 0.96),
     softness=0.05,
     minimum_mass=0.5,
     temperature=1.0,

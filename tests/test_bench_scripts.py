@@ -50,12 +50,13 @@ def test_objective_prints_every_row_and_verdict(tmp_path: Path) -> None:
 def test_objective_refuses_to_time_a_wrong_value(scripts_on_path: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Damage: a fast implementation that computes something else wins the comparison."""
     import bench_objective as bench
+    from bench_rows import Inputs, Run, ours
 
     case = bench.Case(8, 16, 50, True, "cpu", "float32")
     bench.check_values(case, list(bench.IMPLEMENTATIONS))
 
-    def halved(inputs: bench.Inputs) -> bench.Run:
-        right = bench.ours("forward_kl")(inputs)
+    def halved(inputs: Inputs) -> Run:
+        right = ours("forward_kl")(inputs)
         return lambda: right() / 2
 
     monkeypatch.setitem(bench.IMPLEMENTATIONS, bench.FORWARD, halved)

@@ -44,6 +44,7 @@ def make_trainer(
         "eval_dataset",
         "callbacks",
         "prompts",
+        "token_weights",
     )
     parts = {name: overrides.pop(name) for name in names if name in overrides}
     settings = {
