@@ -14,17 +14,8 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from jinja2 import Environment, StrictUndefined
 
-# p is the teacher's distribution and q the student's, both after dividing the logits by the temperature.
-FORMULAS = {
-    "cross_entropy": "-log q(token)",
-    "forward_kl": "KL(p || q) = sum p (log p - log q)",
-    "reverse_kl": "KL(q || p) = sum q (log q - log p)",
-    "jensen_shannon": "w KL(q || m) + (1 - w) KL(p || m), with m = w q + (1 - w) p",
-    "skew_forward_kl": "KL(p || s p + (1 - s) q)",
-    "skew_reverse_kl": "KL(q || (1 - s) p + s q)",
-    "total_variation": "1/2 sum |p - q|",
-    "sinkhorn": "<P, C> / n, with C the distances between rows of q and p, and P the entropic transport plan",
-}
+from hfkd.schedules import in_words
+
 _WEIGHTS = {
     "adapter_off": "the student's own weights with the adapter switched off",
     "frozen_copy": "a frozen copy of the student as it was before training",
@@ -133,13 +124,24 @@ def _term(term: Mapping[str, Any]) -> dict[str, Any]:
     settings = {
         key: value for key, value in term.items() if key not in ("name", "kind", "weight") and value is not None
     }
-    shown = ", ".join(f"{key} {value}" for key, value in settings.items())
+    shown = ", ".join(
+        f"{key} {in_words(value) if isinstance(value, Mapping) else value}" for key, value in settings.items()
+    )
     return {
         "kind": term["kind"],
-        "weight": term.get("weight", 1.0),
+        "weight": in_words(term.get("weight", 1.0)),
         "settings": shown,
-        "formula": FORMULAS.get(term["kind"], ""),
+        "formula": _formula(term["kind"]),
     }
+
+
+def _formula(kind: str) -> str:
+    """What the loss's own docstring says; nothing for one from elsewhere."""
+    from hfkd.losses import LOSSES, STATE_LOSSES
+    from hfkd.losses.base import docstring_section
+
+    loss = {**LOSSES, **STATE_LOSSES}.get(kind)
+    return "" if loss is None else docstring_section(loss, "Formula")
 
 
 def _steps(run: Mapping[str, Any], report: Mapping[str, Any]) -> str:

@@ -116,3 +116,11 @@ def all_values(value: float | Schedule) -> tuple[float, float]:
 def described(value: float | Schedule) -> float | dict[str, Any]:
     """The recipe form of a number or a schedule."""
     return value.describe() if isinstance(value, Schedule) else value
+
+
+def in_words(value: float | Mapping[str, Any]) -> str:
+    """A number, or the recipe form of a schedule, for a reader."""
+    if not isinstance(value, Mapping):
+        return f"{value:g}"
+    end = "the last step" if value.get("end_step") is None else f"step {value['end_step']}"
+    return f"({value['schedule']}, {value['start']:g} to {value['end']:g} by {end})"

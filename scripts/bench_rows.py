@@ -1,7 +1,7 @@
 """What the benchmarks of the objective share: random rows, and those who turn them into one number and its gradients.
 
-Each of them is a function of `Inputs` that prepares what it may prepare once, and returns what is measured: forward and
-backward. Nothing here measures, and nothing knows of models: rows are random numbers.
+Each of them is a function of `Inputs` that prepares what it may prepare once, and returns what is measured: forward
+and backward. Nothing here measures, and nothing knows of models: rows are random numbers.
 """
 
 from __future__ import annotations

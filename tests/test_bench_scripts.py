@@ -12,6 +12,8 @@ import pytest
 import torch
 from conftest import make_model
 
+from hfkd.losses import LOSSES, STATE_LOSSES
+
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 
@@ -62,6 +64,63 @@ def test_objective_refuses_to_time_a_wrong_value(scripts_on_path: None, monkeypa
     monkeypatch.setitem(bench.IMPLEMENTATIONS, bench.FORWARD, halved)
     with pytest.raises(SystemExit, match="value of 'hfkd forward_kl'"):
         bench.check_values(case, list(bench.IMPLEMENTATIONS))
+
+
+def test_losses_print_every_row_and_verdict(tmp_path: Path) -> None:
+    """Damage: a new loss is never measured, or a peer that isn't there leaves the table without a word."""
+    sizes = ("--sizes", "24x16x300", "--repeats", "1", "--memory-kinds", "forward_kl", "--memory-rows", "16", "32")
+    printed = run("bench_losses.py", *sizes, "--json", f"{tmp_path}/l", "--plot", f"{tmp_path}/l.png")
+    first, states, memory = printed.split("\nToken losses")[1].split("| what")[1:]
+    rows = [line.split("|")[1].strip() for line in first.splitlines() if line.startswith("|")]
+    for kind in LOSSES:
+        assert sum(row.split()[:2] == ["hfkd", kind] for row in rows) == 1, kind
+    for peer in ("TRL ChunkedDivergenceFunction", "TRL GKD", "TRL SDFT", "Liger"):
+        for kind in ("forward_kl", "reverse_kl", "jensen_shannon"):
+            assert sum(row.startswith(peer) and kind in row for row in rows) == 1, (peer, kind)
+    assert all(f"hfkd {kind} " in states for kind in STATE_LOSSES)
+    assert memory.count("hfkd forward_kl ") == 3 and printed.count("wanted at most") == len(LOSSES)
+    (case,) = json.loads((tmp_path / "l").read_text())["cases"]
+    assert len(case["targets"]) == len(LOSSES) + 1
+    for name, found in case["results"].items():
+        assert ("time" in found) != bool(found["why_not"]), name
+    for found in case["memory"]["hfkd forward_kl"].values():
+        assert 0 < found["added"] - found["working"] <= 4 * 16 * (300 + 32)
+    assert (tmp_path / "l.png").stat().st_size > 10_000
+
+
+def test_losses_refuse_to_time_a_wrong_value(scripts_on_path: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Damage: a loss whose value depends on the chunks, or a peer that computes something else, is given a time."""
+    import bench_losses as bench
+    from bench_rows import Inputs, Prepare, Run, ours, trl_gkd
+
+    case = bench.Case(130, 8, 40, True, "cpu", "float32")
+    assert bench.check_ours("total_variation", case) < 1e-4
+
+    def in_small_chunks_only(terms: list, chunk_size: int | None = None) -> Prepare:
+        return doubled(ours(terms, chunk_size)) if chunk_size == 64 else ours(terms, chunk_size)
+
+    def doubled(right: Prepare) -> Prepare:
+        def prepare(inputs: Inputs) -> Run:
+            found = right(inputs)
+            return lambda: 2 * found()
+
+        return prepare
+
+    monkeypatch.setattr(bench, "ours", in_small_chunks_only)
+    with pytest.raises(SystemExit, match="value of 'total_variation'"):
+        bench.check_ours("total_variation", case)
+    gap, why_not = bench.check_peer(bench.Peer("trl", "forward_kl", doubled(trl_gkd("forward_kl"))), case)
+    assert gap == pytest.approx(1.0, rel=1e-3) and why_not.startswith("its value is off by 1")
+    assert bench.check_peer(bench.Peer("trl", "forward_kl", trl_gkd("forward_kl")), case)[1] == ""
+    assert "isn't installed" in bench.check_peer(bench.Peer("no-such-package", "forward_kl", ours("")), case)[1]
+
+
+def test_growth_of_memory_is_that_of_its_line(scripts_on_path: None) -> None:
+    """Damage: memory that grows with the rows is called flat."""
+    from bench_losses import growth
+
+    assert growth({1: 5.0, 2: 5.0, 16: 5.0}) == 0
+    assert growth({1000: 90.0, 2000: 100.0, 3000: 110.0}) == pytest.approx(0.2)
 
 
 def test_added_memory_is_what_a_run_takes(scripts_on_path: None) -> None:

@@ -7,8 +7,8 @@ import copy
 import pytest
 from huggingface_hub import ModelCard
 
-from hfkd.card import FORMULAS, build_card
-from hfkd.losses import LOSSES
+from hfkd.card import _formula, _term, build_card
+from hfkd.losses import LOSSES, STATE_LOSSES
 from hfkd.recipe.schema import Recipe
 
 
@@ -88,7 +88,8 @@ def test_the_card_says_what_was_done(run: dict, report: dict) -> None:
         "| train | 67 | `0123456789abcdef` |",
         "The answers are the teacher's own.",
         "Rows left out because the teacher's answer was empty: 1.",
-        "- 1 x `forward_kl`: `KL(p || q) = sum p (log p - log q)` (temperature 2.0)",
+        "- 1 x `forward_kl`: `KL(teacher || student) = sum_v p(v) (log p(v) - log q(v)), p the teacher,",
+        "q the student.` (temperature 2.0)",
         "| shots | before | after | fine-tuned on gold answers | most frequent answer, always | distinct",
         "| 0 | 0.0% ± 7.0% | 95.8% ± 7.0% | 90.0% ± 7.0% | 2.0% | 47 / 47 / 47 |",
         "### Another task: plural",
@@ -141,4 +142,14 @@ def test_another_model_as_the_teacher_is_named(run: dict, report: dict) -> None:
 
 def test_every_loss_has_a_formula() -> None:
     """A new loss must not appear on cards as a bare name."""
-    assert FORMULAS.keys() == LOSSES.keys()
+    assert all(_formula(kind) for kind in {**LOSSES, **STATE_LOSSES})
+    assert _formula("forward_kl").startswith("KL(teacher || student) = sum_v")
+    assert _formula("my_losses:Mine") == ""
+
+
+def test_a_schedule_is_said_in_words() -> None:
+    """A card must not crash on a weight that changes, nor show it as a dictionary."""
+    schedule = {"schedule": "linear", "start": 1.0, "end": 0.25, "start_step": 0, "end_step": None}
+    shown = _term({"kind": "forward_kl", "weight": schedule, "temperature": {**schedule, "end_step": 9}})
+    assert shown["weight"] == "(linear, 1 to 0.25 by the last step)"
+    assert "temperature (linear, 1 to 0.25 by step 9)" in shown["settings"]

@@ -7,6 +7,7 @@ token costs.
 
 from __future__ import annotations
 
+import inspect
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -87,6 +88,12 @@ class TokenLoss(nn.Module, ABC):
 def recipe_key(class_name: str) -> str:
     """ForwardKL -> forward_kl."""
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", class_name).lower()
+
+
+def docstring_section(cls: type, name: str) -> str:
+    """What a loss's docstring says under a heading (`Formula`, `Cost`, ...), in one line; empty if nothing."""
+    found = re.search(rf"^{name}:\n((?:[ ]+.*\n?|\n)*)", inspect.getdoc(cls) or "", re.MULTILINE)
+    return " ".join(found.group(1).split()) if found else ""
 
 
 def recipe_kind(cls: type) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from hfkd.schedules import in_words
 from hfkd.student import kept_layers
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def _answers(run: Run) -> str:
 
 
 def _objective(run: Run) -> str:
-    return " + ".join(f"{term['weight']:g} x {term['name']}" for term in run.objective.describe())
+    return " + ".join(f"{in_words(term['weight'])} x {term['name']}" for term in run.objective.describe())
 
 
 def _length(run: Run) -> str:

@@ -12,7 +12,8 @@ import pytest
 import torch
 from conftest import make_model
 from test_trainer import Jeffreys
-from training import make_trainer, run, worst_difference
+from test_trainer_terms import STATES, narrow_teacher
+from training import make_trainer, run, trained_weights, worst_difference
 
 from hfkd import LocalTeacher, Objective
 from hfkd.terms import Term
@@ -60,6 +61,22 @@ def test_a_loss_with_a_parameter_of_its_own(tmp_path):
     _, numbers = two_processes(tmp_path, "own_parameter")
     assert numbers["factor"][0] != 1.0
     assert numbers["factor"] == pytest.approx([one.objective.losses[0].factor.item()], rel=1e-5)
+
+
+def test_states_with_projections_and_a_loss_that_is_a_network(tmp_path):
+    """Projections and networks of losses must begin alike on all processes and stay alike."""
+    torch.manual_seed(0)
+    objective = Objective([*STATES, {"kind": "clipped_kl", "support": 32}])
+    one = make_trainer(
+        tmp_path / "one", teacher=narrow_teacher(), demonstrations=[], learning_rate=0.3, objective=objective
+    )
+    before = trained_weights(one)
+    one.train()
+    update = {name: value - before[name] for name, value in trained_weights(one).items()}
+    theirs, numbers = two_processes(tmp_path, "states")
+    assert worst_difference(update, theirs) < 3e-5
+    expected = [float(value.detach().sum()) for value in one.objective.parameters()]
+    assert numbers["factor"] == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
 def test_a_fully_masked_process_takes_part(tmp_path):

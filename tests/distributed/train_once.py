@@ -33,6 +33,12 @@ def main(folder: Path, case: str) -> None:
         from test_trainer import Jeffreys
 
         settings |= {"objective": Objective([Term("jeffreys", Jeffreys())])}
+    if case == "states":
+        from test_trainer_terms import STATES, narrow_teacher
+
+        torch.manual_seed(PartialState().process_index)  # projections drawn apart would train apart
+        objective = Objective([*STATES, {"kind": "clipped_kl", "support": 32}])
+        settings |= {"teacher": narrow_teacher(), "demonstrations": [], "learning_rate": 0.3, "objective": objective}
     trainer = make_trainer(folder / "run", **settings)
     if case == "masked_rank" and PartialState().process_index == 1:
 
@@ -48,7 +54,7 @@ def main(folder: Path, case: str) -> None:
     update = {name: value - before[name] for name, value in trained_weights(trainer).items()}
     metrics = trainer.evaluate(trainer.train_dataset)
     if PartialState().is_main_process:
-        factor = [float(value) for value in trainer.objective.parameters()]
+        factor = [float(value.sum()) for value in trainer.objective.parameters()]
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         torch.save(update, folder / "update.pt")
         (folder / "numbers.json").write_text(
