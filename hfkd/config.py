@@ -19,8 +19,8 @@ class DistillationConfig(TrainingArguments):
     """Settings of a `DistillationTrainer`; everything else is as in `TrainingArguments`.
 
     Args:
-        chunk_size: Supervised tokens projected to the vocabulary at once; None chooses from its size. Changes memory,
-            not the loss.
+        chunk_size: Supervised tokens projected to the vocabulary at once; None chooses from its size and the free
+            memory. Changes memory, not the loss.
         max_length: The most tokens of the student's view, prompt and answer together.
         teacher_max_length: The same for the teacher's view; None takes `max_length`.
         too_long: What happens to an example above its limit: `raise`, or `drop` (counted). Nothing is ever cut.

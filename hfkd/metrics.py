@@ -71,10 +71,10 @@ class Meter:
         """Read and reset.
 
         Returns:
-            `loss/<term>` (nats per token, before its weight), `speed/tokens_per_second` and `speed/teacher_share` (of
-            the wall time of this process), `teacher/agreement` (a fraction), `gradient/<term>` where it was measured,
-            and whatever losses noted, per token. Sums are taken over all processes, which
-            must all call this.
+            `loss/<term>` (per token, before its weight; nats, unless the loss says otherwise),
+            `speed/tokens_per_second` and `speed/teacher_share` (of the wall time of this process),
+            `teacher/agreement` (a fraction), `gradient/<term>` where it was measured, and whatever losses noted, per
+            token. Sums are taken over all processes, which must all call this.
         """
         elapsed = max(time.perf_counter() - self._started, 1e-9)
         if not self._sums:
@@ -115,7 +115,7 @@ def per_token(sums: Sequence[LossSum], device: torch.device, agreement: bool) ->
         agreement: Whether the rows that agree were counted.
 
     Returns:
-        `loss`, `loss/<term>` (nats per token) and `teacher/agreement` (a fraction); empty where no token was seen.
+        `loss`, `loss/<term>` (per token) and `teacher/agreement` (a fraction); empty where no token was seen.
     """
     tokens = float(total_over_processes(sum(one.tokens for one in sums), device))
     if not tokens:

@@ -6,6 +6,7 @@ that divides. How the rows are walked over is `hfkd.chunks`; which model or prom
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -136,12 +137,8 @@ class Objective(nn.Module):
 
     def alone(self, name: str) -> Objective:
         """One term with its weight in force, sharing its loss: for asking what it does by itself."""
-        one = Objective.__new__(Objective)
-        nn.Module.__init__(one)
+        one = copy.copy(self)
         one.terms = [term for term in self.terms if term.name == name]
-        one.chunk_size, one.tail, one.compile_losses = self.chunk_size, self.tail, False
-        one.losses = nn.ModuleList(term.loss for term in one.terms)
-        one._room, one._read = self._room, read_block
         return one
 
     def describe(self) -> list[dict[str, Any]]:

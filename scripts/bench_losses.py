@@ -14,6 +14,8 @@ import gc
 import json
 import os
 import statistics
+import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -277,22 +279,30 @@ def growth(working: Mapping[int, float]) -> float:
     """How much a straight line through working memory rises from the fewest rows to the most, in parts of its mean."""
     rows, figures = list(working), list(working.values())
     slope = statistics.linear_regression(rows, figures).slope
-    return slope * (max(rows) - min(rows)) / statistics.mean(figures)
+    return slope * (max(rows) - min(rows)) / (abs(statistics.mean(figures)) or 1.0)
 
 
 def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     """Everything about one size."""
     names = [BARE, *(name for name, kind in OURS.items() if kind in options.kinds)]
     names += [name for name, peer in PEERS.items() if peer.kind in options.kinds]
+    _say(f"{case.title()}: checking {len(names)} rows of the table")
     results = check(case, names)
+    _say("timing")
     states = time_all(case, results, [kind for kind in options.kinds if kind in STATE_LOSSES], options.repeats)
     _let_go(case.device)
+    _say("weighing")
     weighed = [name for name in results if name in OURS and OURS[name] in options.memory_kinds]
     memory = {name: {rows: weigh(name, replace(case, rows=rows)) for rows in options.memory_rows} for name in weighed}
     for name in (BARE, *weighed, *PEERS) if options.memory_rows else ():
         if name in results and not results[name]["why_not"]:
             results[name].update(memory.get(name, {}).get(case.rows) or weigh(name, case))
     return {"case": asdict(case), "layers": LAYERS, "results": results, "states": states, "memory": memory}
+
+
+def _say(words: str) -> None:
+    """Tell who waits how far we are, beside the tables."""
+    print(time.strftime("%H:%M:%S"), words, file=sys.stderr, flush=True)
 
 
 def _let_go(device: str) -> None:

@@ -78,7 +78,7 @@ def test_losses_print_every_row_and_verdict(tmp_path: Path) -> None:
         for kind in ("forward_kl", "reverse_kl", "jensen_shannon"):
             assert sum(row.startswith(peer) and kind in row for row in rows) == 1, (peer, kind)
     assert all(f"hfkd {kind} " in states for kind in STATE_LOSSES)
-    assert memory.count("hfkd forward_kl ") == 3 and printed.count("wanted at most") == len(LOSSES)
+    assert memory.count("| hfkd forward_kl ") == 2 and printed.count("wanted at most") == len(LOSSES)
     (case,) = json.loads((tmp_path / "l").read_text())["cases"]
     assert len(case["targets"]) == len(LOSSES) + 1
     for name, found in case["results"].items():

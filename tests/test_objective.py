@@ -284,9 +284,12 @@ def test_without_a_teacher_the_student_keeps_its_whole_vocabulary():
 
 # ----------------------------------------------------------------------------- sparse teachers
 
+OTHERWISE = ("sinkhorn", "normalized_kd")
+"""One compares rows, one is defined on sparse rows at temperature 1 only; other tests speak of them."""
+
 
 @pytest.mark.parametrize(
-    "kind", [kind for kind in LOSSES if issubclass(LOSSES[kind], Divergence) and kind != "sinkhorn"]
+    "kind", [kind for kind in LOSSES if issubclass(LOSSES[kind], Divergence) and kind not in OTHERWISE]
 )
 def test_all_ids_kept_is_the_dense_teacher(kind):
     """Prevents another loss for a cached teacher than for one in memory: with nothing left out they are the same."""
@@ -485,3 +488,40 @@ def test_company_does_not_touch_a_losss_own_parameter(size):
         world.value([Term("own", loss), *company], size=size).backward()
         gradients.append(loss.sharpness.grad.item())
     assert gradients[0] == pytest.approx(gradients[1], rel=1e-5) and abs(gradients[0]) > 1
+
+
+@pytest.mark.parametrize("kind", ["hidden_mse", "relation", "hinge_ranking", "span_correlation"])
+def test_a_term_that_says_too_little_may_not_stand_alone(kind):
+    """Prevents a run whose output head learns nothing, and an error that doesn't say why it was refused."""
+    with pytest.raises(ValueError, match=rf"{kind}.*would stand alone, but .*Add a term such as forward_kl"):
+        Objective(kind)
+
+
+def test_weights_that_fade_to_nothing_are_refused():
+    """Prevents a run in which no term ever counts, because its author swapped two numbers of a schedule."""
+    nothing = {"schedule": "linear", "start": 0.0, "end": 0.0}
+    with pytest.raises(ValueError, match="at least one above"):
+        Objective([{"kind": "forward_kl", "weight": nothing}])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "words"),
+    [
+        ({"schedule": "linear", "start": 1.0, "end": 0.0, "start_step": 9, "end_step": 3}, "ends at step 3"),
+        ({"schedule": "wave", "start": 1.0, "end": 0.0}, "'wave'; expected one of linear, cosine, step"),
+        ({"schedule": "linear", "begin": 1.0, "end": 0.0}, "keys schedule, start, end, start_step, end_step"),
+        ({"schedule": "cosine", "start": "high", "end": 0.0}, "two finite numbers"),
+    ],
+)
+def test_a_schedule_that_cannot_be_is_refused_by_the_name_of_its_term(schedule, words):
+    """Prevents a schedule that is over before it starts."""
+    for term in ({"weight": schedule}, {"temperature": schedule}):
+        with pytest.raises(ValueError, match=words) as caught:
+            Objective([{"kind": "forward_kl", **term}])
+        assert "forward_kl" in str(caught.value)
+
+
+def test_a_temperature_that_falls_to_zero_is_refused():
+    """Prevents a division by zero at the last step of a run."""
+    with pytest.raises(ValueError, match="forward_kl: temperature is .*expected a number above 0"):
+        Objective([{"kind": "forward_kl", "temperature": {"schedule": "linear", "start": 2.0, "end": 0.0}}])

@@ -85,6 +85,21 @@ def test_overrides(recipe_file: Path, overrides: list[str], path: str, value: ob
     assert place == value
 
 
+def test_weights_and_temperatures_may_be_schedules(recipe_file: Path) -> None:
+    """Prevents a schedule that works from Python alone."""
+    schedule = {"schedule": "linear", "start": 4.0, "end": 1.0}
+    term = "{kind: forward_kl, weight: {schedule: linear, start: 4.0, end: 1.0}, temperature: "
+    found = load_recipe(recipe_file, [f"loss.terms=[{term}{{schedule: linear, start: 4.0, end: 1.0}}}}]"])
+    assert found.resolved()["loss"]["terms"][0] == {
+        "kind": "forward_kl",
+        "weight": schedule,
+        "name": None,
+        "temperature": schedule,
+    }
+    wrong = f"loss.terms=[{term}{{schedule: linear, start: 4.0, end: 0}}}}]"
+    assert "forward_kl: temperature is" in faults(recipe_file, wrong)
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [

@@ -66,9 +66,12 @@ class StateLoss(nn.Module, ABC):
     """What it asks a teacher for (see `hfkd.signal`)."""
 
     may_stand_alone: bool = False
-    """Whether it makes sense as the only term of an objective: what lies above the last layer that it reads, the head
-    above all, learns nothing from it.
-    """
+    """Whether it makes sense as the only term of an objective."""
+
+    why_not_alone: ClassVar[str] = (
+        "what lies above the last layer that it reads, the head above all, learns nothing from it."
+    )
+    """The reason, for the error message, where it doesn't."""
 
     compares_vectors: ClassVar[bool] = True
     """Whether student and teacher vectors must have the same width."""
