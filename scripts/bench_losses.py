@@ -269,9 +269,11 @@ def added_memory(name: str, case: Case) -> int:
     return added_memory_of(IMPLEMENTATIONS[name], case)
 
 
-def weigh(name: str, case: Case) -> dict[str, int]:
-    """Added memory in a fresh process, and what of it is left without the gradients that must be returned."""
-    added = in_fresh_process(added_memory, name, case, preload=NEEDED)
+def weigh(name: str, case: Case, tries: int = 1) -> dict[str, int]:
+    """Added memory in a fresh process (the least of several: an allocator's mood only adds), and what of it is left
+    without the gradients that must be returned.
+    """
+    added = min(in_fresh_process(added_memory, name, case, preload=NEEDED) for _ in range(tries))
     return {"added": added, "working": added - 4 * case.hidden * (case.rows + case.vocab)}
 
 
@@ -293,7 +295,10 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     _let_go(case.device)
     _say("weighing")
     weighed = [name for name in results if name in OURS and OURS[name] in options.memory_kinds]
-    memory = {name: {rows: weigh(name, replace(case, rows=rows)) for rows in options.memory_rows} for name in weighed}
+    memory = {
+        name: {rows: weigh(name, replace(case, rows=rows), options.tries) for rows in options.memory_rows}
+        for name in weighed
+    }
     for name in (BARE, *weighed, *PEERS) if options.memory_rows else ():
         if name in results and not results[name]["why_not"]:
             results[name].update(memory.get(name, {}).get(case.rows) or weigh(name, case))
@@ -344,6 +349,7 @@ def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--memory-rows", nargs="*", type=int, default=[1024, 2048, 4096, 8192, 16384], help="none: weigh nothing"
     )
+    parser.add_argument("--tries", type=int, default=1, help="fresh processes for each figure of memory over rows")
     parser.add_argument("--json", type=Path, help="write the figures to this file, too")
     parser.add_argument("--plot", type=Path, help="draw them into this file; several sizes add theirs to its name")
     return parser.parse_args(words)
