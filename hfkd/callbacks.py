@@ -25,6 +25,7 @@ class Steps(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The first weights and temperatures; a schedule that can't be over in time is refused here."""
+        self.trainer.objective.check_schedules(state.max_steps)
         self.trainer.objective.set_step(state.global_step, state.max_steps)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

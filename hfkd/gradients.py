@@ -13,16 +13,22 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from transformers import TrainingArguments
 
 from hfkd.objective import Objective
 
 
-def check_gradients_can_be_told_apart(accelerator: Accelerator) -> None:
+def check_gradients_can_be_told_apart(accelerator: Accelerator, args: TrainingArguments) -> None:
     """Refuse set-ups whose gradients exist only inside their own backward pass.
 
     Raises:
-        ValueError: The student is sharded.
+        ValueError: The student is sharded, or its activations are checkpointed in the reentrant way.
     """
+    if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        raise ValueError(
+            "log_gradient_norms is on, but reentrant activation checkpointing knows only one backward pass. Set "
+            '`gradient_checkpointing_kwargs={"use_reentrant": False}`, or switch one of the two off.'
+        )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(
             f"log_gradient_norms is on, but under {accelerator.distributed_type.value} gradients can't be taken term "
@@ -43,7 +49,8 @@ def norms_by_term(
 
     Returns:
         For each term the L2 norm of d(weight * mean over this micro-batch's tokens) / d(the student's parameters that
-        learn); 0 for a term of weight 0.
+        learn); 0 for a term of weight 0 and for one that reaches
+        none of them.
     """
     learned = [parameter for parameter in module.parameters() if parameter.requires_grad]
     tokens = max(1, len(rows[0]))
@@ -53,6 +60,9 @@ def norms_by_term(
             norms[term.name] = 0.0
             continue
         total = objective.alone(term.name)(*rows, states=states).total
+        if not total.requires_grad:
+            norms[term.name] = 0.0  # nothing that learns is reached
+            continue
         found = torch.autograd.grad(total, learned, retain_graph=True, allow_unused=True)
         norms[term.name] = float(torch.nn.utils.get_total_norm([one for one in found if one is not None])) / tokens
     return norms

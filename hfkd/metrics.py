@@ -7,7 +7,7 @@ Sums are kept on the device and read once per log line; nothing here decides any
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -92,8 +92,9 @@ class Meter:
         return logs
 
     def _reduced(self) -> dict[str, float]:
-        names = sorted(self._sums)
-        values = torch.stack([self._sums[name].reshape(()) for name in names])
+        names = _names_everywhere(self._sums)
+        zero = torch.zeros((), device=self.device)
+        values = torch.stack([self._sums.get(name, zero).reshape(()) for name in names])
         if PartialState().num_processes > 1:
             torch.distributed.all_reduce(values)
         return dict(zip(names, values.tolist(), strict=True))
@@ -127,8 +128,17 @@ def per_token(sums: Sequence[LossSum], device: torch.device, agreement: bool) ->
     means = {"loss": mean(one.total for one in sums)}
     for name in sums[0].parts if sums else ():
         means[f"loss/{name}"] = mean(one.parts[name] for one in sums)
-    for name in sorted({name for one in sums for name in one.measures}):
+    for name in _names_everywhere({name: None for one in sums for name in one.measures}):
         means[name] = mean(one.measures.get(name, 0.0) for one in sums)
-    if agreement:
+    if agreement and all(one.agreed is not None for one in sums):
         means["teacher/agreement"] = mean(one.agreed for one in sums)
     return means
+
+
+def _names_everywhere(known: Mapping[str, object]) -> list[str]:
+    """The names that any process knows, in one order: a process without a token has nothing noted."""
+    if PartialState().num_processes == 1:
+        return sorted(known)
+    gathered: list[list[str] | None] = [None] * PartialState().num_processes
+    torch.distributed.all_gather_object(gathered, sorted(known))
+    return sorted({name for names in gathered for name in names or ()})

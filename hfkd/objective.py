@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from hfkd.chunks import ReadBlock, Run, read_block
 from hfkd.errors import VocabularyError
-from hfkd.losses import StateLoss, StateRows
+from hfkd.losses import Divergence, StateLoss, StateRows
 from hfkd.plan import plan_chunks, rows_that_fit
 from hfkd.rows import DenseRows, Head, RowLayout, TopKRows
-from hfkd.signal import TeacherSignal
+from hfkd.signal import DISTRIBUTION, TeacherSignal
 from hfkd.states import state_count, state_width
 from hfkd.support import Tail
 from hfkd.terms import Term, as_terms, check_terms
@@ -74,17 +74,22 @@ class Objective(nn.Module):
         super().__init__()
         self.terms = as_terms(terms)
         check_terms(self.terms)
+        self.losses = nn.ModuleList(term.loss for term in self.terms)
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size is {chunk_size}; expected at least 1 row, or null to have it chosen.")
         if tail not in get_args(Tail):
             raise ValueError(f"tail is {tail!r}; expected one of {', '.join(get_args(Tail))}.")
+        if compile_losses and any(isinstance(loss, Divergence) and loss.scheduled for loss in self.losses):
+            raise ValueError(
+                "compile_losses is on and a temperature is a schedule: each new temperature would be compiled anew. "
+                "Switch one of the two off."
+            )
         if tail == "renormalize":
             logger.warning(
                 "tail is 'renormalize': on a sparse teacher's rows the student may put any mass outside the teacher's "
                 "ids at no cost. 'bucket' charges it."
             )
         self.chunk_size, self.tail, self.compile_losses = chunk_size, tail, compile_losses
-        self.losses = nn.ModuleList(term.loss for term in self.terms)
         self._room: int | None = None
         self._read: ReadBlock = read_block
 
@@ -121,7 +126,10 @@ class Objective(nn.Module):
                     "Use a teacher that is a model in memory, or leave the term out."
                 )
             sizes = state_count(student), state_count(teacher), state_width(student), state_width(teacher)
-            term.loss.prepare(*sizes)
+            try:
+                term.loss.prepare(*sizes)
+            except ValueError as error:
+                raise ValueError(f"The term {term.name!r}: {error}") from error
 
     def set_step(self, step: int, total: int | None = None) -> None:
         """Put the weights and temperatures of this step in force.
@@ -134,6 +142,27 @@ class Objective(nn.Module):
         for term in self.terms:
             if not isinstance(term.loss, StateLoss):
                 term.loss.set_step(step, total)
+
+    def check_schedules(self, total: int) -> None:
+        """Refuse weights that leave some step of a run with nothing to learn from.
+
+        Args:
+            total: Optimizer steps of the run.
+
+        Raises:
+            ValueError: A schedule begins after the run, or at some step no term counts, or only terms that must not
+                stand alone do.
+        """
+        scheduled = any(term.schedule is not None for term in self.terms)
+        for step in range(total) if scheduled else ():
+            try:
+                check_terms([replace(term.at(step, total), schedule=None) for term in self.terms])
+            except ValueError as error:
+                raise ValueError(f"At step {step + 1} of {total}: {error}") from error
+        for term in self.terms:
+            if not isinstance(term.loss, StateLoss):
+                term.loss.set_step(total - 1, total)
+        self.set_step(0, total)
 
     def alone(self, name: str) -> Objective:
         """One term with its weight in force, sharing its loss: for asking what it does by itself."""
@@ -170,7 +199,8 @@ class Objective(nn.Module):
             ValueError: The rows of student, teacher, targets or weights differ in number.
             VocabularyError: A target lies outside the vocabulary that both models share.
         """
-        teacher = None if signal is None else signal.rows
+        asked = measure_agreement or DISTRIBUTION in self.needs
+        teacher = signal.rows if signal is not None and asked else None
         _check_rows(student, teacher, targets, weights)
         layout = replace(layout or RowLayout.single(len(student), targets.device), targets=targets)
         rows_of_states = None
@@ -191,7 +221,7 @@ class Objective(nn.Module):
         if isinstance(teacher, TopKRows):
             measures["teacher/captured_mass"] = teacher.log_probs.float().logsumexp(dim=-1).exp().sum()
         parts = {term.name: parts[term.name] for term in self.terms}
-        return LossSum(torch.stack(totals).sum(), parts, len(student), run.agreed, measures)
+        return LossSum(torch.stack(totals).sum(), parts, len(student), run.agreed if run.terms else None, measures)
 
     def _run(
         self,
@@ -207,7 +237,7 @@ class Objective(nn.Module):
         if self.chunk_size is None and self._room is None:
             self._room = rows_that_fit(head.vocab_size, targets.device)  # once, so that a step repeats to the last bit
         if self.compile_losses and self._read is read_block:
-            self._read = torch.compile(read_block, dynamic=False)
+            self._read = torch.compile(read_block)
         chunks = plan_chunks(terms, layout, self.chunk_size or self._room)
         learned = [parameter for term in terms for parameter in term.loss.parameters() if parameter.requires_grad]
         options = {"measure_agreement": measure_agreement, "tail": self.tail, "read": self._read}
@@ -235,7 +265,7 @@ def _check_ids(term: Term, vocab_size: int) -> None:
     """Refuse a loss that is to read more likeliest ids than there are."""
     for name in ("support", "top"):
         asked = term.loss.settings().get(name)
-        if asked is not None and asked > vocab_size:
+        if isinstance(asked, int) and asked > vocab_size:
             raise ValueError(
                 f"The term {term.name!r} is to read the {asked} likeliest ids ({name}), but the vocabulary has "
                 f"{vocab_size}. Give {name} at most that."

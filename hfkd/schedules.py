@@ -23,7 +23,8 @@ class Schedule:
         start: The value up to `start_step`.
         end: The value from `end_step` on.
         start_step: Optimizer steps made when the change begins, >= 0.
-        end_step: Optimizer steps made when it is over, > `start_step`; None means the last step of the run.
+        end_step: Optimizer steps made when it is over, > `start_step`; None means the last step of the run (a `step`
+            needs a number).
 
     Raises:
         ValueError: An unknown kind, a value that is no finite number, or an end before the start.
@@ -45,7 +46,12 @@ class Schedule:
             raise ValueError(f"the schedule is {self.schedule!r}; expected one of {', '.join(KINDS)}")
         if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in (self.start, self.end)):
             raise ValueError(f"it goes from {self.start!r} to {self.end!r}; expected two finite numbers")
-        if self.start_step < 0 or (self.end_step is not None and self.end_step <= self.start_step):
+        steps = (self.start_step, self.start_step + 1 if self.end_step is None else self.end_step)
+        if not all(isinstance(step, int) and not isinstance(step, bool) for step in steps):
+            raise ValueError(f"it goes from step {self.start_step!r} to {self.end_step!r}; expected whole numbers")
+        if self.schedule == "step" and self.end_step is None:
+            raise ValueError("the step comes at the end of the run, where nothing is left; give `end_step` a number")
+        if steps[0] < 0 or steps[1] <= steps[0]:
             raise ValueError(
                 f"it starts at step {self.start_step} and ends at step {self.end_step}; expected an end after the "
                 "start, and a start at 0 or later"
@@ -61,13 +67,15 @@ class Schedule:
         Raises:
             ValueError: The end is left to the run, and its length isn't known or is over before the start.
         """
-        end = self.end_step if self.end_step is not None else total
-        if end is None or end <= self.start_step:
-            raise ValueError(
-                f"the schedule starts at step {self.start_step} and is to end with the run, which has "
-                f"{total if total is not None else 'an unknown number of'} steps; give `end_step` a number above the "
-                "start, or a longer run"
-            )
+        end = self.end_step
+        if end is None:
+            if total is None or total <= self.start_step:
+                raise ValueError(
+                    f"the schedule starts at step {self.start_step} and is to end with the run, which has "
+                    f"{total if total is not None else 'an unknown number of'} steps; give `end_step` a number above "
+                    "the start, or a longer run"
+                )
+            end = max(total - 1, self.start_step + 1)  # the last update is made after total - 1 others
         if self.schedule == "step":
             return float(self.end if step >= end else self.start)
         done = min(1.0, max(0.0, (step - self.start_step) / (end - self.start_step)))

@@ -88,6 +88,11 @@ class TokenChunk:
         """The number V of ids."""
         return self._student_logits.shape[-1]
 
+    @property
+    def listed(self) -> int:
+        """The number of ids that the teacher speaks of in each row: V, or K where it is sparse."""
+        return self.logits()[1].shape[-1]
+
     # --- distributions
 
     def student_log_probs(self, temperature: float = 1.0) -> Tensor:
@@ -129,30 +134,30 @@ class TokenChunk:
             self._pairs[temperature] = pair
         return self._pairs[temperature]
 
-    def top_log_probs(self, k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Both distributions on the teacher's k likeliest ids, the likeliest first, and the rest as one tail entry.
+    def top_log_probs(self, count: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Both distributions on the teacher's likeliest ids, the likeliest first, and the rest as one tail entry.
 
         Args:
-            k: How many ids; no more than the teacher lists are taken.
+            count: How many ids; no more than the teacher lists are taken.
             temperature: Divides both models' logits, > 0.
 
         Returns:
-            Student and teacher, [n, k + 1] each; without a tail where the k ids are all there are, or where it is left
-            out by `tail`.
+            Student and teacher, [n, count + 1] each; without a tail where these ids are all there are, or where `tail`
+            leaves it out.
         """
-        places = self.top(k)
+        places = self.top(count)
         if self.sparse:
             student, teacher = self.log_probs(temperature)
         else:
             student, teacher = (_divided(logits, temperature) for logits in (self._student_logits, self._given()))
         return _cut_to(student, places), _cut_to(teacher, places)
 
-    def shared_log_probs(self, k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Both distributions with all rows on the same ids: each id that is among the k likeliest of any row, on
+    def shared_log_probs(self, count: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Both distributions with all rows on the same ids: each id that is among the likeliest of any row, on
         either side. What lies elsewhere is left out, so that rows sum to less than 1.
 
         Args:
-            k: Likeliest ids of each row.
+            count: Likeliest ids of each row.
             temperature: Divides both models' logits, > 0.
 
         Returns:
@@ -160,8 +165,8 @@ class TokenChunk:
             as impossible there.
         """
         teacher = self._given()
-        ours = self._student_logits.detach().topk(min(k, self.vocab_size), dim=-1).indices
-        ids = torch.cat([ours.flatten(), self.top_ids(k).flatten()]).unique()
+        ours = self._student_logits.detach().topk(min(count, self.vocab_size), dim=-1).indices
+        ids = torch.cat([ours.flatten(), self.top_ids(count).flatten()]).unique()
         student = _on_shared(_divided(self._student_logits, temperature), ids)
         if not isinstance(teacher, TopKRows):
             return student, _on_shared(_divided(teacher, temperature), ids)
@@ -186,15 +191,15 @@ class TokenChunk:
             return self._student_logits.gather(-1, teacher.ids), known
         return self._student_logits, teacher
 
-    def top(self, k: int) -> Tensor:
-        """[n, min(k, S)] the columns of `logits` that the teacher finds likeliest, the likeliest first."""
+    def top(self, count: int) -> Tensor:
+        """[n, min(count, S)] the columns of `logits` that the teacher finds likeliest, the likeliest first."""
         teacher = self._given()
         values = teacher.log_probs if isinstance(teacher, TopKRows) else teacher
-        return values.topk(min(k, values.shape[-1]), dim=-1).indices
+        return values.topk(min(count, values.shape[-1]), dim=-1).indices
 
-    def top_ids(self, k: int) -> Tensor:
-        """[n, min(k, S)] the ids that the teacher finds likeliest, the likeliest first."""
-        places = self.top(k)
+    def top_ids(self, count: int) -> Tensor:
+        """[n, min(count, S)] the ids that the teacher finds likeliest, the likeliest first."""
+        places = self.top(count)
         return self._teacher.ids.gather(-1, places) if isinstance(self._teacher, TopKRows) else places
 
     def target_places(self) -> Tensor:
@@ -205,9 +210,9 @@ class TokenChunk:
         """
         return self._places(self._teacher.ids) if self.sparse else self.targets
 
-    def top_places(self, k: int) -> Tensor:
-        """[n] the column of each target in the support of `top_log_probs(k)`."""
-        return self._places(self.top_ids(k))
+    def top_places(self, count: int) -> Tensor:
+        """[n] the column of each target in the support of `top_log_probs(count)`."""
+        return self._places(self.top_ids(count))
 
     def agreement(self) -> Tensor | None:
         """The number of rows whose likeliest token is the teacher's likeliest, as a scalar; None without a teacher."""

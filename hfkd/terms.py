@@ -5,7 +5,6 @@ Knows what losses there are and what they are called in a recipe; it doesn't kno
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from hfkd.losses import LOSSES, STATE_LOSSES, StateLoss, TokenLoss
+from hfkd.named import import_named
 from hfkd.schedules import Schedule, all_values, constant_or_schedule, described
 
 
@@ -42,7 +42,12 @@ class Term:
 
     def at(self, step: int, total: int | None) -> Term:
         """The term with its factor after `step` of `total` optimizer steps."""
-        return self if self.schedule is None else replace(self, weight=self.schedule.at(step, total))
+        if self.schedule is None:
+            return self
+        try:
+            return replace(self, weight=self.schedule.at(step, total))
+        except ValueError as error:
+            raise ValueError(f"The weight of {self.name}: {error}.") from error
 
     def describe(self) -> dict[str, Any]:
         """The recipe form."""
@@ -65,8 +70,7 @@ def loss_class(kind: str) -> type[TokenLoss] | type[StateLoss]:
         raise ValueError(
             f"There is no loss {kind!r}. {hint}Known: {', '.join(known)}; your own is named as package.module:Class."
         )
-    module_name, _, class_name = kind.partition(":")
-    found = getattr(importlib.import_module(module_name), class_name, None)
+    found = import_named(kind, "kind")
     if not (isinstance(found, type) and issubclass(found, (TokenLoss, StateLoss))):
         raise ValueError(
             f"{kind} is {found!r}; expected a subclass of hfkd.losses.TokenLoss (most derive from Divergence) or of "
@@ -81,7 +85,7 @@ def as_terms(terms: str | Sequence[Term | Mapping[str, Any]]) -> list[Term]:
     Raises:
         ValueError: There is no such loss, or it has no such setting, or its weight is no number or schedule.
     """
-    if isinstance(terms, (str, Mapping, Term, TokenLoss, StateLoss)):
+    if isinstance(terms, (str, Mapping, Term, TokenLoss, StateLoss, type)):
         terms = [terms]
     made: list[Term] = []
     for term in terms:
@@ -100,12 +104,17 @@ def as_terms(terms: str | Sequence[Term | Mapping[str, Any]]) -> list[Term]:
             weight = constant_or_schedule(weight, f"The weight of {name or cls.key}")
             schedule = weight if isinstance(weight, Schedule) else None
             first = all_values(weight)[0]
-            term = Term(name or cls.key, _make_loss(cls, options), first, schedule)
+            term = Term(name or cls.key, _make_loss(cls, options, name), first, schedule)
+        if not isinstance(term, Term):
+            raise ValueError(
+                f"A term is {term!r}; expected a recipe key, a mapping with `kind`, a loss (an object, not its class) "
+                "or a Term."
+            )
         made.append(term)
     return made
 
 
-def _make_loss(cls: type, options: Mapping[str, Any]) -> TokenLoss | StateLoss:
+def _make_loss(cls: type, options: Mapping[str, Any], name: str | None) -> TokenLoss | StateLoss:
     # Without an __init__ of its own a loss has nn.Module's, which seems to take everything.
     bare = cls.__init__ is nn.Module.__init__
     known = {} if bare else inspect.signature(cls).parameters
@@ -115,7 +124,10 @@ def _make_loss(cls: type, options: Mapping[str, Any]) -> TokenLoss | StateLoss:
         near = get_close_matches(unknown[0], known, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise ValueError(f"{cls.key} has no setting {unknown[0]!r}.{hint} It has: {', '.join(known) or 'none'}.")
-    return cls(**options)
+    try:
+        return cls(**options)
+    except ValueError as error:
+        raise ValueError(f"The term {name!r}: {error}" if name else str(error)) from error
 
 
 def check_terms(terms: Sequence[Term]) -> None:

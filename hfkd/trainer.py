@@ -213,7 +213,9 @@ class DistillationTrainer(Trainer):
     def _prepare_objective(self) -> None:
         """Let the losses make what depends on the models' shapes, and tell the teacher which layers to show."""
         if self.args.log_gradient_norms:
-            check_gradients_can_be_told_apart(self.accelerator)
+            check_gradients_can_be_told_apart(self.accelerator, self.args)
+        if self.args.max_steps > 0:
+            self.objective.check_schedules(self.args.max_steps)
         if STATES in self.objective.needs:
             with self.teacher.weights() as model:
                 self.objective.prepare(self.model, model)

@@ -17,7 +17,19 @@ PACKAGE = "hfkd"
 
 # The one table of layers. A module or a package at the top of hfkd/ stands in exactly one line.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("batch", "rows", "states", "support", "signal", "distributed", "prefix", "loading", "errors", "schedules"),
+    (
+        "batch",
+        "rows",
+        "states",
+        "support",
+        "signal",
+        "distributed",
+        "prefix",
+        "loading",
+        "errors",
+        "schedules",
+        "named",
+    ),
     ("losses", "terms", "plan", "chunks", "objective", "data", "cache"),
     ("teachers", "rollout"),
     ("metrics", "record", "config", "student", "checkpoint", "callbacks", "gradients", "trainer"),

@@ -240,7 +240,7 @@ def test_wrong_values(recipe_file: Path, overrides: list[str], words: str) -> No
             "teacher.model: got 'a/b', which a teacher of kind my.module",
         ),
         (["student.lora=null"], "teacher.weights: adapter_off needs an adapter that can be switched off"),
-        (["teacher.kind=none"], "forward_kl compares with a teacher's distribution, and teacher.kind is none"),
+        (["teacher.kind=none"], "forward_kl asks for a teacher's distribution, and teacher.kind is none"),
         (["teacher.kind=none", "data.answer=teacher"], "data.answer: teacher lets the teacher write the answers, and"),
         (
             ["teacher.kind=none", "data.teacher_max_length=9"],

@@ -215,7 +215,7 @@ def test_resume_goes_on(folder: Path) -> None:
         (["data.prompt.builder='json:__name__'"], "expected a function"),
         (["teacher={kind: 'json:JSONDecoder'}"], "expected a subclass of hfkd.teachers.Teacher"),
         (["loss.terms=[{kind: 'json:JSONDecoder'}]"], "expected a subclass of hfkd.losses.TokenLoss"),
-        (["loss.terms=[{kind: 'no.such:Loss'}]"], "install the package or put its folder on PYTHONPATH"),
+        (["loss.terms=[{kind: 'no.such:Loss'}]"], "install it or put its folder on PYTHONPATH"),
         (["training.warmup_steps=-3"], "training: "),
         (["training.lr_scheduler_type=cosin"], "training: "),
     ],
@@ -233,7 +233,7 @@ def test_bad_input_is_refused_before_a_model_is_loaded(
 def test_an_own_loss_without_a_teacher_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What an own loss needs is known only when it is built; still before a model is loaded."""
     refuse_models(monkeypatch)
-    with pytest.raises(RecipeError, match="compares with a teacher's distribution, and teacher.kind is none"):
+    with pytest.raises(RecipeError, match="asks for a teacher's distribution, and teacher.kind is none"):
         run("teacher.kind=none", "loss.terms=[{kind: 'hfkd.losses:ReverseKL'}]")
 
 

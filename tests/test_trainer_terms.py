@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from training import DEMONSTRATIONS, ROWS, make_trainer, run, trained_weights, worst_difference
 
 from hfkd import LocalTeacher, Teacher
+from hfkd.losses import HiddenMSE
 from hfkd.rows import TopKRows
 from hfkd.signal import TeacherSignal
 
@@ -201,6 +202,8 @@ def test_the_place_of_a_weight_is_the_place_of_its_token(tmp_path):
         (lambda row, ids: [1.0], r"1 token weights, but \d+ tokens are supervised"),
         (lambda row, ids: [-1.0] * len(ids), r"token weight -1.0; expected finite numbers"),
         (lambda row, ids: [math.nan] * len(ids), r"token weight nan"),
+        (lambda row, ids: None, r"gives None; expected a number, or a list of numbers"),
+        (lambda row, ids: "1.5", r"gives '1.5'; expected a number, or a list of numbers"),
     ],
 )
 def test_wrong_token_weights_are_found_before_training(tmp_path, weights, words):
@@ -282,3 +285,44 @@ def test_compiled_losses_train_the_same(tmp_path):
     parts = {"teacher": narrow_teacher(), "demonstrations": [], "learning_rate": 0.3, "objective": terms}
     plain, fused = run(tmp_path / "a", **parts), run(tmp_path / "b", **parts, compile_losses=True)
     assert worst_difference(plain[0], fused[0]) < 1e-5
+
+
+def test_a_schedule_that_leaves_a_step_without_a_term_is_refused_before_training(tmp_path):
+    """Prevents a run that learns from nothing in silence, because its only weight is 0 for a while."""
+    late = {"schedule": "linear", "start": 0.0, "end": 1.0, "start_step": 1, "end_step": 9}
+    with pytest.raises(ValueError, match=r"At step 1 of 4: The weights are \[0.0\]"):
+        student_run(tmp_path, [{"kind": "forward_kl", "weight": late}], max_steps=4)
+    gone = {"schedule": "step", "start": 1.0, "end": 0.0, "end_step": 2}
+    terms = [{"kind": "forward_kl", "weight": gone}, {"kind": "sinkhorn", "support": 8}]
+    with pytest.raises(ValueError, match=r"At step 3 of 4: .*sinkhorn.* would stand alone"):
+        student_run(tmp_path, terms, max_steps=4)
+
+
+def test_a_schedule_ends_with_the_last_step(tmp_path):
+    """Prevents an end that is never in force, because the last update is made one step earlier."""
+    schedule = {"schedule": "linear", "start": 1.0, "end": 0.0}
+    terms = [{"kind": "forward_kl"}, {"kind": "cross_entropy", "weight": schedule}]
+    trainer = student_run(tmp_path, terms, max_steps=3)
+    trainer.train()
+    loss, first, second = (logged(trainer, name) for name in ("loss", "loss/forward_kl", "loss/cross_entropy"))
+    assert loss[0] == pytest.approx(first[0] + second[0], rel=1e-4)
+    assert loss[2] == pytest.approx(first[2], rel=1e-4)
+
+
+def test_states_alone_do_not_claim_an_agreement(tmp_path):
+    """Prevents an agreement of 0 that was never counted."""
+
+    class Alone(HiddenMSE):
+        may_stand_alone = True
+
+    trainer = student_run(tmp_path, [Alone()], eval_dataset=ROWS[:4])
+    trainer.train()
+    assert not logged(trainer, "teacher/agreement") and "eval_teacher/agreement" not in trainer.evaluate()
+
+
+def test_a_term_that_reaches_nothing_has_no_gradient(tmp_path):
+    """Prevents a crash of the figure that was to show it."""
+    terms = [{"kind": "forward_kl"}, {"kind": "hidden_mse", "layers": [[0, 0]]}]
+    trainer = make_trainer(tmp_path, objective=terms, log_gradient_norms=True)
+    trainer.train()
+    assert logged(trainer, "gradient/hidden_mse")[0] == 0.0 < logged(trainer, "gradient/forward_kl")[0]

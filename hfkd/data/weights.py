@@ -7,7 +7,8 @@ about 1 on average change its size. Nothing here knows prompts or models.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 TokenWeights = str | Callable[[Mapping[str, Any], list[int]], Sequence[float]]
@@ -39,8 +40,10 @@ def weights_of(source: TokenWeights, row: Mapping[str, Any], labels: Sequence[in
         name, found = f"the column {source!r}", row[source]
     else:
         raise ValueError(f"token_weights names the column {source!r}, but the row has {sorted(row)}")
-    if isinstance(found, (int, float)) and not isinstance(found, bool):
+    if _is_number(found):
         found = [found] * len(places)
+    if isinstance(found, str) or not isinstance(found, Iterable) or not all(map(_is_number, found := list(found))):
+        raise ValueError(f"{name} gives {found!r}; expected a number, or a list of numbers")
     numbers = [float(one) for one in found]
     if len(numbers) != len(places):
         raise ValueError(
@@ -53,3 +56,7 @@ def weights_of(source: TokenWeights, row: Mapping[str, Any], labels: Sequence[in
     for place, number in zip(places, numbers, strict=True):
         whole[place] = number
     return whole
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)

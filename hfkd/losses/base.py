@@ -68,7 +68,8 @@ class TokenLoss(nn.Module, ABC):
 
         Args:
             width: H of the student's last hidden states.
-            vocab_size: V of the student's output head.
+            vocab_size: V of the student's output head. A teacher with fewer ids cuts what a chunk shows to the first
+                of them.
         """
         return None
 
@@ -118,6 +119,11 @@ class Divergence(TokenLoss):
         self, temperature: float | Mapping[str, Any] | Schedule = 1.0, scale_by_temperature_squared: bool = True
     ) -> None:
         super().__init__()
+        cls = type(self)
+        if cls.between is Divergence.between and cls.compare is Divergence.compare:
+            raise TypeError(
+                f"{cls.__name__} measures nothing yet: write its method `between(student, teacher) -> [n]`."
+            )
         self._temperature = constant_or_schedule(temperature, f"{self.key}: temperature")
         if not min(all_values(self._temperature)) > 0:
             raise ValueError(
@@ -127,14 +133,21 @@ class Divergence(TokenLoss):
         self.temperature = all_values(self._temperature)[0]
         self.scale_by_temperature_squared = scale_by_temperature_squared
 
+    @property
+    def scheduled(self) -> bool:
+        """Whether the temperature changes on the way."""
+        return isinstance(self._temperature, Schedule)
+
     def set_step(self, step: int, total: int | None = None) -> None:
         """Put the temperature of this step in force."""
         if isinstance(self._temperature, Schedule):
-            self.temperature = self._temperature.at(step, total)
+            try:
+                self.temperature = self._temperature.at(step, total)
+            except ValueError as error:
+                raise ValueError(f"The temperature of {self.key}: {error}.") from error
 
-    @abstractmethod
     def between(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Measure each row.
+        """Measure each row. The one method to write.
 
         Args:
             student: [n, S] log-probabilities (nats), with a gradient.
@@ -143,6 +156,7 @@ class Divergence(TokenLoss):
         Returns:
             [n] nats.
         """
+        raise NotImplementedError(f"{type(self).__name__} needs more than two distributions: call it with a chunk.")
 
     def compare(self, chunk: TokenChunk) -> Tensor:
         """Return [n], the divergence before its scale; override it where two distributions don't say enough."""

@@ -67,6 +67,8 @@ class LogitBinaryKL(LogitDivergence):
             width: H of the student's last hidden states.
             vocab_size: V of the student's output head.
         """
+        if self.up is not None and (self.down.shape[1], self.up.shape[0]) == (width, vocab_size):
+            return
         self.down = nn.Parameter(torch.randn(self.rank, width) * width**-0.5)
         self.up = nn.Parameter(torch.zeros(vocab_size, self.rank))
 

@@ -89,6 +89,15 @@ class ClippedKL(Divergence):
         self.quantiles = None if quantiles is None else tuple(float(one) for one in quantiles)
         self.support, self.softness, self.minimum_mass = int(support), float(softness), float(minimum_mass)
         self.network = self._make_network() if quantiles is None else None
+        self._prepared = False
+
+    def prepare(self, width: int, vocab_size: int) -> None:
+        """Draw the network anew by the seed of the run; once."""
+        if self.network is not None and not self._prepared:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(torch.initial_seed())
+                self.network = self._make_network()
+            self._prepared = True
 
     def compare(self, chunk: TokenChunk) -> Tensor:
         """Return [n], the divergence of what is kept on the teacher's likeliest ids."""

@@ -15,14 +15,14 @@ class MutualInformation(StateLoss):
     """Punishes hidden states from which one can't tell which of the teacher's states belongs to the same token.
 
     Formula:
-        -(1 + mean_i [f_ii - log(alpha m_i + (1 - alpha) a)] - mean_i [o_i / (alpha o_i + (1 - alpha) a)]), a lower
+        -(1 + mean_i [f_ii - log(w m_i + (1 - w) a)] - mean_i [o_i / (w o_i + (1 - w) a)]), w = interpolation, a lower
         bound of the mutual information with its sign turned. f_ji = <W s_j, t_i> / (|W s_j| |t_i| temperature) for the
         student's state s of row j and the teacher's state t of row i; m_i is the mean of exp(f_ji) over all rows j of
         a group, o_i the mean over the other rows; a is a learned number that begins at 1; W is a learned matrix where
         the widths differ. Row i is charged its own part of the two means. Mean over the pairs of layers.
     Args:
-        alpha: Between 0 and 1. At 1 it is the InfoNCE loss minus the log of the group's size, never below minus that
-            log and steady; towards 0 it can tell of more information, and its gradient is noisier.
+        interpolation: Between 0 and 1. At 1 it is the InfoNCE loss minus the log of the group's size, never below
+            minus that log and steady; towards 0 it can tell of more information, and its gradient is noisier.
         temperature: Divides the cosines, > 0.
         group_size: The most rows that are told apart from each other at once, >= 2; more rows are cut into groups of
             nearly the same size.
@@ -41,27 +41,31 @@ class MutualInformation(StateLoss):
     Example:
         >>> import torch
         >>> student, teacher = torch.eye(4), 5 * torch.eye(4)
-        >>> round(MutualInformation(alpha=1.0).between(student, teacher).mean().item(), 4)
+        >>> round(MutualInformation(interpolation=1.0).between(student, teacher).mean().item(), 4)
         -1.3862
     """
 
     def __init__(
         self,
-        alpha: float = 0.9,
+        interpolation: float = 0.9,
         temperature: float = 0.1,
         group_size: int = 256,
         layers: Layers = "uniform",
         project: bool | None = None,
     ) -> None:
         super().__init__(layers, project)
-        if not 0 <= alpha <= 1 or not temperature > 0 or group_size < 2:
+        if not 0 <= interpolation <= 1 or not temperature > 0 or group_size < 2:
             raise ValueError(
-                f"{self.key}: got alpha {alpha}, temperature {temperature}, group_size {group_size}; expected alpha "
-                "from 0 to 1, a temperature above 0 and groups of at least 2 rows."
+                f"{self.key}: got interpolation {interpolation}, temperature {temperature}, group_size {group_size}; "
+                "expected interpolation from 0 to 1, a temperature above 0 and groups of at least 2 rows."
             )
-        self.alpha, self.temperature, self.group_size = float(alpha), float(temperature), int(group_size)
-        # At alpha = 1 nothing reads it.
-        self.log_baseline = nn.Parameter(torch.zeros(()), requires_grad=self.alpha < 1)
+        self.interpolation, self.temperature, self.group_size = (
+            float(interpolation),
+            float(temperature),
+            int(group_size),
+        )
+        # At interpolation = 1 nothing reads it.
+        self.log_baseline = nn.Parameter(torch.zeros(()), requires_grad=self.interpolation < 1)
 
     def compare(self, student: Tensor, teacher: Tensor, states: StateRows) -> Tensor:
         """Return [N], each row's part of its group's bound."""
@@ -85,14 +89,14 @@ class MutualInformation(StateLoss):
 
     def settings(self) -> dict[str, Any]:
         """Everything that defines the bound."""
-        names = ("alpha", "temperature", "group_size")
+        names = ("interpolation", "temperature", "group_size")
         return {**{name: getattr(self, name) for name in names}, **super().settings()}
 
     def _log_mixture(self, log_mean: Tensor) -> Tensor:
-        """Log of alpha times the mean plus 1 - alpha times the learned number."""
+        """Log of interpolation times the mean plus 1 - interpolation times the learned number."""
         baseline = self.log_baseline.to(log_mean.dtype)
-        if self.alpha == 1:
+        if self.interpolation == 1:
             return log_mean
-        if self.alpha == 0:
+        if self.interpolation == 0:
             return baseline.expand_as(log_mean)
-        return torch.logaddexp(math.log(self.alpha) + log_mean, math.log1p(-self.alpha) + baseline)
+        return torch.logaddexp(math.log(self.interpolation) + log_mean, math.log1p(-self.interpolation) + baseline)

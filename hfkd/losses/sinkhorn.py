@@ -6,6 +6,8 @@ and float32.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -17,6 +19,9 @@ from hfkd.support import TokenChunk
 
 _MODES = ("tokens", "sequence", "batch")
 
+Cost = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""From rows [n, S] and [m, S] to the costs [n, m] of moving one onto the other, and what each row's may lack [n]."""
+
 
 class Sinkhorn(Divergence):
     """Punishes the cost of moving the student's distributions of a group onto the teacher's, whichever row goes to
@@ -25,9 +30,9 @@ class Sinkhorn(Divergence):
     Formula:
         sum_j Pi(i, j) C(i, j) + pair_weight C(i, i) for row i, C(i, j) = |q_i - p_j|_1, Pi the plan of `iterations`
         Sinkhorn steps (rows, then columns to a sum of 1) on exp(-C / epsilon), p the teacher, q the student. Summed
-        over the n rows and divided by their number it is <Pi, C> / n. With `support` k the cost of a pair is taken
-        over the union of the k likeliest ids of q_i and of p_j, and one entry for the rest of each: at most the whole
-        cost, and below it by no more than 2 min(rest of q_i, rest of p_j).
+        over the n rows and divided by their number it is <Pi, C> / n. With `support` the cost of a pair is taken over
+        the union of the likeliest ids, so many of q_i and so many of p_j, and one entry for the rest of each: at most
+        the whole cost, and below it by no more than 2 min(rest of q_i, rest of p_j).
     Args:
         epsilon: Entropic smoothing, > 0, in units of the cost (which lies between 0 and 2).
         iterations: Sinkhorn steps, >= 1.
@@ -51,8 +56,8 @@ class Sinkhorn(Divergence):
     Cost:
         O(n k) per token for groups of n (O(n V) without `support`), and `iterations` steps on an [n, n] matrix.
     Undefined:
-        Nowhere. Without `debias` it is not 0 at equality when the rows of a group are alike. Ids that a sparse teacher
-        doesn't list are counted to the rest.
+        Nowhere. Without `debias` it is not 0 at equality when the rows of a group are alike. Of a sparse teacher the
+        ids that p_j lists take the place of the union, with the same bound; `debias` is refused there.
     Paper:
         Cui et al. (SinKD), 2024, https://arxiv.org/abs/2402.17110. `support`, `pair_weight`, `debias`, the modes for
         tokens and the division by rows are ours.
@@ -107,37 +112,47 @@ class Sinkhorn(Divergence):
         return torch.arange(len(layout), device=layout.sequence.device) // self.group_size
 
     def compare(self, chunk: TokenChunk) -> Tensor:
-        """Return [n], each row's share of the transport cost."""
-        whole = self.support is None and not chunk.sparse
-        pair = (
-            chunk.log_probs(self.temperature)
-            if whole
-            else chunk.shared_log_probs(self.support or chunk.vocab_size, self.temperature)
-        )
-        values, unbalanced, bound = self._measured(*(one.exp() for one in pair))
+        """Return [n], each row's share of the transport cost.
+
+        Raises:
+            ValueError: `debias` is on and the teacher's rows are sparse.
+        """
+        partial = chunk.listed < chunk.vocab_size
+        if partial and self.debias:
+            raise ValueError(
+                f"{self.key}: debias compares the teacher's rows with each other, but they are top-k rows, which say "
+                "too little for that. Set debias to false, or use a teacher with whole distributions."
+            )
+        if self.support is None and not chunk.sparse:
+            ours, theirs = (one.exp() for one in chunk.log_probs(self.temperature))
+            values, unbalanced, bound = self._measured(ours, theirs, _whole_cost)
+        else:
+            few = min(self.support or chunk.listed, chunk.listed)
+            ours, theirs = (one.exp() for one in chunk.shared_log_probs(few, self.temperature))
+            cost = functools.partial(_cost_on_likeliest, k=few, second_only=partial)
+            values, unbalanced, bound = self._measured(ours, theirs, cost)
         chunk.measure("unbalanced", unbalanced)
         chunk.measure("cost_bound", bound)
         return values
 
     def between(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Return [n], each student row's share of the transport cost; the n rows are one group."""
-        return self._measured(student.exp(), teacher.exp())[0]
+        """Return [n], each student row's share of the transport cost; the n rows are one group, of whole
+        distributions.
+        """
+        cost = _whole_cost
+        if self.support is not None and self.support < student.shape[-1]:
+            cost = functools.partial(_cost_on_likeliest, k=self.support)
+        return self._measured(student.exp(), teacher.exp(), cost)[0]
 
-    def _measured(self, ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _measured(self, ours: Tensor, theirs: Tensor, cost_of: Cost) -> tuple[Tensor, Tensor, Tensor]:
         """The values [n], what the plan's row sums lack [n], and the bound of each row's costs [n]."""
-        cost, bound = self._cost(ours, theirs)
+        cost, bound = cost_of(ours, theirs)
         values, unbalanced = self._transport(cost)
         if self.debias:
-            sides = (self._transport(self._cost(side, side)[0])[0] for side in (ours, theirs))
-            values = values - 0.5 * sum(sides)
+            values = values - 0.5 * sum(self._transport(cost_of(side, side)[0])[0] for side in (ours, theirs))
         if self.pair_weight:
             values = values + self.pair_weight * cost.diagonal()
         return values, unbalanced, bound
-
-    def _cost(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        if self.support is None or first.shape[-1] <= self.support:
-            return torch.cdist(first, second, p=1), first.new_zeros(len(first))
-        return _cost_on_likeliest(first, second, self.support)
 
     def _transport(self, cost: Tensor) -> tuple[Tensor, Tensor]:
         kernel = -cost / self.epsilon
@@ -158,7 +173,12 @@ class Sinkhorn(Divergence):
         return {**{name: getattr(self, name) for name in names}, "alone": self.may_stand_alone, **super().settings()}
 
 
-def _cost_on_likeliest(first: Tensor, second: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _whole_cost(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """[n, m] L1 distances of all pairs of rows, and [n] zeros: nothing is left out."""
+    return torch.cdist(first, second, p=1), first.new_zeros(len(first))
+
+
+def _cost_on_likeliest(first: Tensor, second: Tensor, k: int, second_only: bool = False) -> tuple[Tensor, Tensor]:
     """The L1 distance of each pair of rows over the union of both rows' k likeliest entries, and one for the rest.
 
     With Q and P the masses on the union and O the overlap there, it is 2 (max(Q, P) - O).
@@ -167,24 +187,25 @@ def _cost_on_likeliest(first: Tensor, second: Tensor, k: int) -> tuple[Tensor, T
         first: [n, S] probabilities, of rows that may sum to less than 1.
         second: [m, S] the same.
         k: Entries of each row, at most S.
+        second_only: Take the second row's entries in place of the union.
 
     Returns:
         [n, m] costs, and [n] the most by which a row's costs are too small.
     """
-    n, m = len(first), len(second)
-    ours, theirs = first.detach().topk(k, dim=-1).indices, second.detach().topk(k, dim=-1).indices
-    listed = torch.zeros(first.shape, dtype=torch.bool, device=first.device).scatter_(1, ours, True)
-    fresh = ~listed.index_select(1, theirs.flatten()).view(
-        n, m, k
-    )  # entries of the second row that aren't counted yet
-    first_here = first.gather(1, ours)
-    second_there = second.index_select(1, ours.flatten()).view(m, n, k).transpose(0, 1)
-    first_there = first.index_select(1, theirs.flatten()).view(n, m, k) * fresh
-    second_here = second.gather(1, theirs) * fresh
-    overlap = torch.minimum(first_here[:, None], second_there).sum(-1)
+    theirs = second.detach().topk(k, dim=-1).indices
+    first_there = first.index_select(1, theirs.flatten()).view(len(first), len(second), k)
+    second_here = second.gather(1, theirs).expand(len(first), -1, -1)
+    overlap, first_mass, second_mass = 0.0, 0.0, 0.0
+    if not second_only:
+        ours = first.detach().topk(k, dim=-1).indices
+        listed = torch.zeros(first.shape, dtype=torch.bool, device=first.device).scatter_(1, ours, True)
+        fresh = ~listed.index_select(1, theirs.flatten()).view(first_there.shape)  # not counted twice
+        first_there, second_here = first_there * fresh, second_here * fresh
+        first_here = first.gather(1, ours)
+        second_there = second.index_select(1, ours.flatten()).view(len(second), len(first), k).transpose(0, 1)
+        overlap = torch.minimum(first_here[:, None], second_there).sum(-1)
+        first_mass, second_mass = first_here.sum(-1)[:, None], second_there.sum(-1)
     overlap = overlap + torch.minimum(first_there, second_here).sum(-1)
-    first_mass = first_here.sum(-1)[:, None] + first_there.sum(-1)
-    second_mass = second_there.sum(-1) + second_here.sum(-1)
-    cost = 2 * (torch.maximum(first_mass, second_mass) - overlap).clamp(min=0)
-    bound = 2 * (1 - torch.maximum(first_mass, second_mass).detach()).clamp(min=0).amax(dim=1)
-    return cost, bound
+    most = torch.maximum(first_mass + first_there.sum(-1), second_mass + second_here.sum(-1))
+    bound = 2 * (1 - most.detach()).clamp(min=0).amax(dim=1)
+    return 2 * (most - overlap).clamp(min=0), bound

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from hfkd.losses.base import Divergence
 from hfkd.losses.slope import with_slope
+from hfkd.named import import_named
 from hfkd.rows import RowLayout
 from hfkd.support import TokenChunk
 
@@ -67,7 +67,7 @@ class SpanCorrelation(Divergence):
         if not 0 < scale < math.inf:
             raise ValueError(f"{self.key}: scale is {scale}; expected a number above 0 (1 leaves the value as it is).")
         self.scale = float(scale)
-        self.spans = _imported(spans, self.key) if isinstance(spans, str) else spans
+        self.spans = import_named(spans, f"{self.key}: spans") if isinstance(spans, str) else spans
         whole = isinstance(self.spans, int) and not isinstance(self.spans, bool) and self.spans >= 2
         if not whole and not callable(self.spans):
             raise ValueError(
@@ -153,17 +153,3 @@ def _name_of(function: Spans) -> str:
     """package.module:function."""
     named = function if hasattr(function, "__qualname__") else type(function)
     return f"{named.__module__}:{named.__qualname__}"
-
-
-def _imported(name: str, key: str) -> Spans:
-    module_name, _, function_name = name.partition(":")
-    try:
-        found: Any = importlib.import_module(module_name)
-        for part in function_name.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"{key}: spans is {name!r}, which can't be imported ({error}); expected package.module:function. Check "
-            "the name, or give a number for runs of that many tokens."
-        ) from error
-    return found

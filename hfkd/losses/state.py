@@ -123,16 +123,6 @@ class StateLoss(nn.Module, ABC):
             made.extend(_projector(student_width, teacher_width, generator) for _ in pairs)
         self.pairs, self.projectors, self._sizes = pairs, made, sizes
 
-    @property
-    def student_layers(self) -> list[int]:
-        """The student's layers that it reads, once it is prepared."""
-        return sorted({student for student, _ in self.pairs})
-
-    @property
-    def teacher_layers(self) -> list[int]:
-        """The teacher's layers that it reads, once it is prepared."""
-        return sorted({teacher for _, teacher in self.pairs})
-
     def between(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Measure each row. The one method to write.
 
@@ -181,7 +171,9 @@ class StateLoss(nn.Module, ABC):
             return [(student_layers, teacher_layers)]
         if self.layers == "uniform":
             depths = range(1, student_layers + 1)
-            return [(depth, round(depth * teacher_layers / student_layers)) for depth in depths]
+            # Halves go up, and never to the embeddings.
+            nearest = ((2 * depth * teacher_layers + student_layers) // (2 * student_layers) for depth in depths)
+            return [(depth, max(1, layer)) for depth, layer in zip(depths, nearest, strict=True)]
         pairs = [(student, teacher) for student, teacher in self.layers]
         for student, teacher in pairs:
             if student > student_layers or teacher > teacher_layers:

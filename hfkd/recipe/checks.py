@@ -178,7 +178,7 @@ def needs_faults(recipe: Recipe, needs: Collection[str]) -> Iterator[str]:
     kinds = ", ".join(term.kind for term in recipe.loss.terms)
     if recipe.teacher.kind == "none":
         yield (
-            f"loss.terms: {kinds} compares with a teacher's distribution, and teacher.kind is none; "
+            f"loss.terms: {kinds} asks for a teacher's {' and '.join(sorted(needs))}, and teacher.kind is none; "
             "use cross_entropy alone, or name a teacher"
         )
     if recipe.data.whole_text and (recipe.teacher.kind == "self" or recipe.data.demonstrations.count > 0):
@@ -193,6 +193,9 @@ def needs_faults(recipe: Recipe, needs: Collection[str]) -> Iterator[str]:
 def _answers(recipe: Recipe) -> Iterator[str]:
     if recipe.data.answer == "teacher" and recipe.teacher.kind == "none":
         yield "data.answer: teacher lets the teacher write the answers, and teacher.kind is none; use answer: dataset"
+    if "token_weights" in recipe.data.train.columns and recipe.data.token_weights is None:
+        column = recipe.data.train.columns["token_weights"]
+        yield f"data.train.columns: maps token_weights, but nothing reads it; set data.token_weights to {column!r}"
 
 
 def _shots(recipe: Recipe) -> Iterator[str]:

@@ -166,6 +166,8 @@ def make_sources(recipe: Recipe) -> dict[str, Source]:
     train = data.train.model_dump()
     if data.demonstrations.column is not None:
         train["columns"] = {**train["columns"], "demonstrations": data.demonstrations.column}
+    if data.token_weights is not None and ":" not in data.token_weights:
+        train["columns"] = {**train["columns"], "token_weights": data.token_weights}
     sources = {"train": Source(**train)}
     if data.demonstrations.path is not None:
         kept = data.demonstrations.model_dump(include={"path", "name", "split", "format", "columns", "seed"})
@@ -198,9 +200,7 @@ def make_config(recipe: Recipe, **changes: Any) -> DistillationConfig:
 def _make_objective(recipe: Recipe) -> Objective:
     try:
         objective = build_objective(term_specs(recipe), **objective_options(recipe))
-    except ImportError as error:
-        raise ValueError(f"loss.terms: {error}; install the package or put its folder on PYTHONPATH") from error
-    except TypeError as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(f"loss.terms: {error}") from error
     faults = list(needs_faults(recipe, objective.needs))
     if faults:

@@ -42,7 +42,7 @@ from hfkd.rollout.answers import teacher_answers
 from hfkd.rollout.hf import HFRollout
 from hfkd.run.build import Run, build, make_config
 from hfkd.run.evaluation import ask, movable, plain_results
-from hfkd.run.models import describe_student, load_student, named_function, save_base
+from hfkd.run.models import describe_student, load_student, save_base, token_weights
 from hfkd.run.progress import training_bar
 from hfkd.run.rows import Task
 from hfkd.run.words import accuracies_line, comparison_tables, plan_lines, summary_lines
@@ -362,7 +362,7 @@ def make_dataset(
         too_long=data.too_long,
         whole_text=data.whole_text,
         seed=data.seed,
-        token_weights=named_function(data.token_weights, "data.token_weights"),
+        token_weights=token_weights(data.token_weights),
     )
 
 

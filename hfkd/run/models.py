@@ -5,10 +5,10 @@ Knows how a damaged file shows itself and says so in one sentence; it doesn't kn
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hfkd.named import import_named
 from hfkd.recipe.schema import Recipe, StudentSection, TeacherSection
 
 if TYPE_CHECKING:
@@ -20,31 +20,15 @@ if TYPE_CHECKING:
 _TOKENIZER_KWARGS = ("gguf_file", "subfolder", "token", "cache_dir", "local_files_only")
 
 
-def import_named(name: str, key: str) -> Any:
-    """What `package.module:Name` names.
+def token_weights(name: str | None) -> Any:
+    """The function that `data.token_weights` names, or the column in which the rows of a recipe hold them.
 
     Raises:
-        ValueError: The module can't be imported or has no such name; `key` is the recipe key in the message.
+        ValueError: The function can't be imported.
     """
-    module_name, _, attribute = name.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ValueError(
-            f"{key}: {module_name} can't be imported ({error}); install it or put its folder on PYTHONPATH"
-        ) from error
-    if not hasattr(module, attribute):
-        raise ValueError(f"{key}: {module_name} has no {attribute}; expected package.module:Name")
-    return getattr(module, attribute)
-
-
-def named_function(name: str | None, key: str) -> Any:
-    """What `package.module:function` names; any other text, and None, as it is.
-
-    Raises:
-        ValueError: It can't be imported.
-    """
-    return import_named(name, key) if name and ":" in name else name
+    if name is None or ":" in name:
+        return name and import_named(name, "data.token_weights")
+    return "token_weights"  # whatever the file calls it
 
 
 def load_tokenizer(section: StudentSection | TeacherSection) -> PreTrainedTokenizerBase:

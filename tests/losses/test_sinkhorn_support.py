@@ -108,16 +108,40 @@ def test_convergence_and_bound_are_noted():
     assert (noted[1]["cost_bound"] > 0).any() and noted[1]["cost_bound"].max() <= 2
 
 
-def test_a_sparse_teacher_is_read_on_its_own_ids():
-    """Prevents unlisted ids from being taken for likely ones; with all ids listed it is the dense loss."""
-    student, teacher = (one.float().log() for one in rows(count=8, width=40))
+@pytest.mark.parametrize("k", [3, 10, 40])
+def test_a_sparse_teacher_is_read_on_its_own_ids(k):
+    """Prevents a student that equals its teacher from paying for ids that the teacher doesn't list, and a bound that
+    isn't one; with all ids listed it is the dense loss.
+    """
+    student, teacher = rows(count=8, width=40)
+    listed = teacher.topk(k)
+    ours, bound = _cost_on_likeliest(
+        student, torch.zeros_like(teacher).scatter(1, listed.indices, listed.values), k, True
+    )
+    whole = torch.cdist(student, teacher, p=1)
+    assert (ours <= whole + 1e-9).all() and (whole <= ours + bound[:, None] + 1e-9).all()
     targets = torch.zeros(8, dtype=torch.long)
-    dense = Sinkhorn(support=40)(TokenChunk(targets, student, teacher))
-    for k in (40, 20, 10):
-        values, ids = teacher.topk(k)
-        sparse = Sinkhorn(support=40)(TokenChunk(targets, student, TopKRows(ids, values, 40)))
-        left = 1 - values.exp().sum(-1)
-        assert torch.isfinite(sparse).all() and (sparse <= 2 + 1e-5).all()
-        assert ((sparse - dense).abs() <= 2 * left.max() + 0.05).all()
-        if k == 40:
-            torch.testing.assert_close(sparse, dense, rtol=1e-5, atol=1e-5)
+    values, ids = teacher.float().log().topk(k)
+    sparse = TopKRows(ids, values, 40)
+    assert (
+        Sinkhorn(support=None, pair_weight=1.0, epsilon=0.01)(TokenChunk(targets, teacher.log(), sparse)).max() < 1e-4
+    )
+    if k == 40:
+        dense = Sinkhorn(support=None)(TokenChunk(targets, student.float().log(), teacher.float().log()))
+        again = Sinkhorn(support=None)(TokenChunk(targets, student.float().log(), sparse))
+        torch.testing.assert_close(again, dense, rtol=1e-5, atol=1e-5)
+    else:
+        with pytest.raises(ValueError, match="sinkhorn: debias .*Set debias to false"):
+            Sinkhorn(debias=True)(TokenChunk(targets, student.log(), sparse))
+
+
+@pytest.mark.parametrize("support", [1, 4])
+def test_alike_rows_are_compared_on_their_rest_too(support):
+    """Prevents a rest that is forgotten where all rows find the same ids likely, as confident answers do."""
+    sharp, flat = torch.zeros(3, 100), torch.zeros(3, 100)
+    sharp[:, :support], flat[:, :support] = 10.0, 2.0
+    chunk = TokenChunk(torch.zeros(3, dtype=torch.long), sharp, flat)
+    value = Sinkhorn(support=support)(chunk)
+    whole = Sinkhorn(support=None)(TokenChunk(torch.zeros(3, dtype=torch.long), sharp, flat))
+    assert (value <= whole + 1e-5).all() and (whole <= value + chunk.measures["cost_bound"] + 1e-5).all()
+    assert value.min() > 0.5 * whole.max()

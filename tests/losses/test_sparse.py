@@ -73,6 +73,8 @@ def test_listing_every_id_is_the_dense_loss(kind, arguments):
 @every_reader
 def test_order_of_the_listed_ids_is_not_seen(kind, arguments):
     """Prevents a loss that takes the first listed id for the likeliest: stores are free to sort theirs by id."""
+    if arguments.get("debias"):
+        return  # refused on lists that aren't whole: test_sinkhorn_support.py
     student, teacher, targets = logits_case()
     rows = top(teacher, 9)
     shuffle = torch.randperm(9, generator=torch.Generator().manual_seed(1))
@@ -120,6 +122,8 @@ def test_a_tail_bucket_never_costs_more_than_the_whole(kind, arguments):
 @every_reader
 def test_gradients_are_finite_where_the_tail_is_tiny(kind, arguments):
     """Prevents NaN from the log of a tail that rounding made 0 or negative: most rows of a sharp teacher have one."""
+    if arguments.get("debias"):
+        return  # refused on lists that aren't whole: test_sinkhorn_support.py
     teacher = torch.full((6, VOCABULARY), -40.0) - torch.arange(VOCABULARY) / 64
     teacher[:, :4] = torch.tensor([3.0, 1.0, 0.5, 0.0])
     teacher[0, 0] = 60.0  # certain: every other entry is far below float32's resolution of 1

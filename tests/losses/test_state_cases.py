@@ -92,7 +92,7 @@ def gaussians(correlation: float, rows: int = 4096, width: int = 10, seed: int =
 
 def information(states: StateRows, alpha: float, group_size: int, steps: int = 0) -> float:
     """The bound (nats) after `steps` steps on the loss's own parameters, its critic being fixed."""
-    loss = STATE_LOSSES["mutual_information"](layers=[[1, 1]], alpha=alpha, group_size=group_size)
+    loss = STATE_LOSSES["mutual_information"](layers=[[1, 1]], interpolation=alpha, group_size=group_size)
     loss.prepare(1, 1, 10, 10)
     parameters = [parameter for parameter in loss.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=0.3) if steps else None
@@ -159,8 +159,8 @@ def test_information_needs_two_rows_and_never_sees_a_row_of_another_group():
 @pytest.mark.parametrize(
     ("kind", "arguments"),
     [
-        ("mutual_information", {"alpha": 1.5}),
-        ("mutual_information", {"alpha": -0.1}),
+        ("mutual_information", {"interpolation": 1.5}),
+        ("mutual_information", {"interpolation": -0.1}),
         ("mutual_information", {"temperature": 0.0}),
         ("mutual_information", {"group_size": 1}),
         ("relation", {"measure": "l1"}),

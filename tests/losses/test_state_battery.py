@@ -188,7 +188,7 @@ def test_teachers_states_get_no_gradient_and_rows_none_give_none(kind):
         (4, 8, [(1, 2), (2, 4), (3, 6), (4, 8)]),
         (3, 4, [(1, 1), (2, 3), (3, 4)]),
         (5, 5, [(1, 1), (2, 2), (3, 3), (4, 4), (5, 5)]),
-        (6, 3, [(1, 0), (2, 1), (3, 2), (4, 2), (5, 2), (6, 3)]),
+        (6, 3, [(1, 1), (2, 1), (3, 2), (4, 2), (5, 3), (6, 3)]),
     ],
 )
 def test_uniform_pairs_spread_over_both_models(student_layers, teacher_layers, expected):
