@@ -20,6 +20,8 @@ from hfkd.rows import LOWEST, TopKRows
 SMALLEST_TAIL = math.log(2.0**-24)
 """The log-probability that a sparse teacher's tail has at least, because its float32 log-probabilities can't tell."""
 
+_FEW_ROWS = 16
+
 Tail = Literal["bucket", "renormalize"]
 """What becomes of the mass outside a sparse teacher's ids: one more entry, or nothing, both sides summing to 1 without
 it.
@@ -294,7 +296,27 @@ def _cut_to(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 def _on_shared(logits: Tensor, ids: Tensor) -> Tensor:
-    """[n, U] log-probabilities of the same ids [U] in every row."""
-    # A few rows at a time, so that a CPU's cache holds what is added up.
-    whole = torch.cat([some.logsumexp(dim=-1, keepdim=True) for some in logits.split(16)])
-    return logits.index_select(-1, ids) - whole
+    """[n, U] log-probabilities of the same ids [U], each once, in every row."""
+    return _OnShared.apply(logits, ids)
+
+
+class _OnShared(torch.autograd.Function):
+    """Logits of some columns minus the whole row's logsumexp. Rows are worked through a few at a time, because a CPU's
+    cache holds a few, and the gradient is written where it belongs instead of being put together from parts.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, ids: Tensor) -> Tensor:
+        whole = torch.cat([some.logsumexp(dim=-1, keepdim=True) for some in logits.split(_FEW_ROWS)])
+        ctx.save_for_backward(logits, ids, whole)
+        return logits.index_select(-1, ids).sub_(whole)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor):
+        logits, ids, whole = ctx.saved_tensors
+        found, total = torch.empty_like(logits), gradient.sum(dim=-1, keepdim=True).neg_()
+        pieces = (one.split(_FEW_ROWS) for one in (found, logits, whole, total))
+        for piece, some, normaliser, factor in zip(*pieces, strict=True):
+            torch.sub(some, normaliser, out=piece).exp_().mul_(factor)
+        return found.index_add_(-1, ids, gradient), None

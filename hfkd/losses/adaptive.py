@@ -13,8 +13,8 @@ from hfkd.losses.slope import with_slope
 
 _HEAD_RULES = ("official", "crossing")
 
-_FEW = 32
-"""Entries among which the head is looked for first; a language model's head is rarely longer."""
+_FEW = (32, 2048)
+"""Among how many entries the head is looked for, first and then; a language model's is rarely longer than the first."""
 
 
 class AdaptiveKL(Divergence):
@@ -75,18 +75,18 @@ class AdaptiveKL(Divergence):
 
     def _share(self, likely: Tensor, believed: Tensor) -> Tensor:
         """[n] the head's share of the difference between two distributions [n, S]."""
-        limit, quota = _head(likely, self.head_mass, self.head_rule == "crossing")
         errors = (likely - believed).abs_()
-        total = errors.sum(dim=-1)
-        # Comparisons are written as numbers: masks of booleans are many times slower to work with on a CPU.
-        inside = torch.gt(likely, limit, out=torch.empty_like(likely))
-        head = (inside * errors).sum(dim=-1)
-        tied = torch.eq(likely, limit, out=inside)
-        split = ((quota > 0) & (quota < tied.sum(dim=-1, keepdim=True)))[:, 0].nonzero()[:, 0]
-        if len(split):
-            rows = tied[split]
-            tied[split] = rows * (rows.cumsum(dim=-1) <= quota[split])
-        head += tied.mul_(errors).sum(dim=-1) * (quota[:, 0] > 0)
+        total, head = errors.sum(dim=-1), errors.new_zeros(len(errors))
+        left = torch.arange(len(errors), device=errors.device)
+        for few in _FEW:  # most heads are short; the few long ones are looked for once more
+            if len(left):
+                whole = len(left) == len(errors)
+                some, differences = (one if whole else one[left] for one in (likely, errors))
+                found, sure = _among_likeliest(some, differences, few, self.head_mass, self.head_rule == "crossing")
+                head[left[sure]], left = found[sure], left[~sure]
+        if len(left):
+            crossing = self.head_rule == "crossing"
+            head[left] = _among_all(likely[left], errors[left], self.head_mass, crossing)
         return torch.where(total > 0, head / total, 0.5)
 
     def settings(self) -> dict[str, Any]:
@@ -162,33 +162,44 @@ def _mixed_kl(student: Tensor, teacher: Tensor, share: Callable[[Tensor, Tensor]
     return with_slope(student, values, slope)
 
 
-def _head(likely: Tensor, head_mass: float, crossing: bool) -> tuple[Tensor, Tensor]:
-    """Where the head of probabilities [n, S] ends.
+def _among_likeliest(
+    likely: Tensor, errors: Tensor, few: int, head_mass: float, crossing: bool
+) -> tuple[Tensor, Tensor]:
+    """[n] the sum of the errors [n, S] over the head of probabilities [n, S], and [n] whether that is sure: the head
+    ends among the `few` likeliest entries, and no equally likely entry stands on its other side.
+    """
+    few = min(few, likely.shape[-1])
+    top, places = likely.topk(few, dim=-1)
+    mass = top.cumsum(dim=-1)
+    if crossing:
+        count, ended = (mass < head_mass).sum(dim=-1, keepdim=True) + 1, mass[:, -1] >= head_mass
+    else:
+        count, ended = (mass <= head_mass).sum(dim=-1, keepdim=True), mass[:, -1] > head_mass
+    count = count.clamp(1, few)
+    behind = top.gather(-1, count.clamp(max=few - 1)) == top.gather(-1, count - 1)
+    sure = ended & torch.where(count < few, ~behind, few == likely.shape[-1])[:, 0]
+    inside = torch.arange(few, device=top.device) < count
+    return (errors.gather(-1, places) * inside).sum(dim=-1), sure
+
+
+def _among_all(likely: Tensor, errors: Tensor, head_mass: float, crossing: bool) -> Tensor:
+    """What `_among_likeliest` sums, for heads of any length; of equally likely entries the first ones are in the
+    head.
+    """
+    limit, quota = _head_by_halving(likely, head_mass, crossing)
+    head = (errors * (likely > limit)).sum(dim=-1)
+    tied = (likely == limit).to(errors.dtype)
+    tied *= tied.cumsum(dim=-1) <= quota
+    return head + tied.mul_(errors).sum(dim=-1)
+
+
+def _head_by_halving(likely: Tensor, head_mass: float, crossing: bool) -> tuple[Tensor, Tensor]:
+    """Where the head of probabilities [n, S] ends: the largest probability such that all entries from there on are
+    more than the head (for `crossing`: enough for it), found by halving the range of floating point numbers.
 
     Returns:
         [n, 1] the probability above which an entry belongs to it, and [n, 1] how many entries of just that probability
         do.
-    """
-    top = likely.topk(min(_FEW, likely.shape[-1]), dim=-1).values
-    mass = top.cumsum(dim=-1)
-    if crossing:
-        count, found = (mass < head_mass).sum(dim=-1, keepdim=True) + 1, mass[:, -1] >= head_mass
-    else:
-        count, found = (mass <= head_mass).sum(dim=-1, keepdim=True), mass[:, -1] > head_mass
-    count = count.clamp(1, top.shape[-1])
-    limit = top.gather(-1, count - 1)
-    chosen = torch.arange(top.shape[-1], device=top.device) < count
-    quota = ((top == limit) & chosen).sum(dim=-1, keepdim=True).to(likely.dtype)
-    if top.shape[-1] < likely.shape[-1]:
-        longer = (~found).nonzero()[:, 0]
-        if len(longer):
-            limit[longer], quota[longer] = _head_by_halving(likely[longer], head_mass, crossing)
-    return limit, quota
-
-
-def _head_by_halving(likely: Tensor, head_mass: float, crossing: bool) -> tuple[Tensor, Tensor]:
-    """What `_head` returns, for heads of any length: the largest probability such that all entries from there on are
-    more than the head (for `crossing`: enough for it) is found by halving the range of floating point numbers.
     """
     # Numbers above 0 are in the order of their bits.
     bits = torch.int32 if likely.dtype == torch.float32 else torch.int64

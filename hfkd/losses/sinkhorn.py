@@ -194,18 +194,21 @@ def _cost_on_likeliest(first: Tensor, second: Tensor, k: int, second_only: bool 
     """
     theirs = second.detach().topk(k, dim=-1).indices
     first_there = first.index_select(1, theirs.flatten()).view(len(first), len(second), k)
-    second_here = second.gather(1, theirs).expand(len(first), -1, -1)
-    overlap, first_mass, second_mass = 0.0, 0.0, 0.0
-    if not second_only:
+    second_here = second.gather(1, theirs)
+    if second_only:
+        overlap = torch.minimum(first_there, second_here).sum(-1)
+        most = torch.maximum(first_there.sum(-1), second_here.sum(-1))
+    else:
         ours = first.detach().topk(k, dim=-1).indices
-        listed = torch.zeros(first.shape, dtype=torch.bool, device=first.device).scatter_(1, ours, True)
-        fresh = ~listed.index_select(1, theirs.flatten()).view(first_there.shape)  # not counted twice
-        first_there, second_here = first_there * fresh, second_here * fresh
+        uncounted = torch.ones_like(first).scatter_(1, ours, 0.0)
+        fresh = uncounted.index_select(1, theirs.flatten()).view(first_there.shape)  # 0 for what both list
+        first_there = first_there * fresh
         first_here = first.gather(1, ours)
         second_there = second.index_select(1, ours.flatten()).view(len(second), len(first), k).transpose(0, 1)
         overlap = torch.minimum(first_here[:, None], second_there).sum(-1)
-        first_mass, second_mass = first_here.sum(-1)[:, None], second_there.sum(-1)
-    overlap = overlap + torch.minimum(first_there, second_here).sum(-1)
-    most = torch.maximum(first_mass + first_there.sum(-1), second_mass + second_here.sum(-1))
+        overlap = overlap + torch.minimum(first_there, second_here).sum(-1)
+        first_mass = first_here.sum(-1)[:, None] + first_there.sum(-1)
+        second_mass = second_there.sum(-1) + (fresh * second_here).sum(-1)
+        most = torch.maximum(first_mass, second_mass)
     bound = 2 * (1 - most.detach()).clamp(min=0).amax(dim=1)
     return 2 * (most - overlap).clamp(min=0), bound
