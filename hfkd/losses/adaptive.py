@@ -14,7 +14,7 @@ from hfkd.losses.slope import with_slope
 _HEAD_RULES = ("official", "crossing")
 
 _FEW = (32, 2048)
-"""Among how many entries the head is looked for, first and then; a language model's is rarely longer than the first."""
+"""Among how many entries the head is looked for, first and then; few heads of a language model need the second."""
 
 
 class AdaptiveKL(Divergence):
@@ -35,8 +35,8 @@ class AdaptiveKL(Divergence):
         Both distributions. A sparse teacher's tail is one entry like any other. Of equally likely entries those with
         the lower ids come first.
     Cost:
-        O(V) per token and nothing is sorted: the head is looked for among the 32 likeliest entries, and where it is
-        longer its smallest probability is found by halving, in about 30 passes over that row.
+        O(V) per token and nothing is sorted: the head is looked for among the 32 likeliest entries, then among 2048,
+        and where it is longer still its end is found by halving, in about 30 passes over that row.
     Undefined:
         Nowhere for finite logits; w is 1/2 where student and teacher are equal. Where w jumps (an entry enters the
         head, or a difference changes its sign) the value may jump with it. Probabilities of exactly 0 count as in
