@@ -56,10 +56,10 @@ class JensenShannon(Divergence):
         with torch.no_grad():
             believed, likely = student.exp(), teacher.exp()
             mixture = mixture_of(believed, likely, weight).log_()
-            ours = (student - mixture).mul_(believed).mul_(weight)
+            ours = (student - mixture).mul_(believed)
             theirs = mixture.neg_().add_(teacher).mul_(likely).sum(dim=-1)
-            values = ours.sum(dim=-1) + (1 - weight) * theirs
-        return with_slope(student, values, ours)
+            values = weight * ours.sum(dim=-1) + (1 - weight) * theirs
+        return with_slope(student, values, ours, weight)
 
     def settings(self) -> dict[str, Any]:
         """The mixture weight and what every divergence has."""

@@ -57,9 +57,9 @@ class SkewForwardKL(_Skew):
             believed, likely = student.exp(), teacher.exp()
             mixture = mixture_of(likely, believed, self.skew)
             # Minus the teacher's probability times the student's share of the mixture, which is at most 1.
-            slope = believed.mul_(self.skew - 1).div_(mixture).mul_(likely)
+            slope = believed.div_(mixture).mul_(likely)
             values = (teacher - mixture.log_()).mul_(likely).sum(dim=-1)
-        return with_slope(student, values, slope)
+        return with_slope(student, values, slope, self.skew - 1)
 
 
 class SkewReverseKL(_Skew):
@@ -91,8 +91,8 @@ class SkewReverseKL(_Skew):
         with torch.no_grad():
             believed = student.exp()
             mixture = mixture_of(believed, teacher.exp(), self.skew)
-            slope = (believed / mixture).mul_(-self.skew)
+            share = believed / mixture
             gap = student - mixture.log_()
             values = (gap * believed).sum(dim=-1)
-            slope = slope.add_(gap).mul_(believed)
+            slope = gap.sub_(share, alpha=self.skew).mul_(believed)
         return with_slope(student, values, slope)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-def with_slope(student: Tensor, values: Tensor, slope: Tensor) -> Tensor:
+def with_slope(student: Tensor, values: Tensor, slope: Tensor, scale: float = 1.0) -> Tensor:
     """Give values their derivative.
 
     Args:
@@ -18,24 +18,26 @@ def with_slope(student: Tensor, values: Tensor, slope: Tensor) -> Tensor:
         values: [n], outside the graph.
         slope: [n, S] the derivative of each row's value by that row of `student`; kept, so not to be written to
             afterwards. A multiple of the student's probabilities may be left out: behind a softmax it adds nothing.
+        scale: A factor of the slope that isn't multiplied in yet.
 
     Returns:
         [n] the values, inside the graph. They can be differentiated once.
     """
-    return _Known.apply(student, values, slope)
+    return _Known.apply(student, values, slope, scale)
 
 
 class _Known(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student: Tensor, values: Tensor, slope: Tensor) -> Tensor:
+    def forward(ctx, student: Tensor, values: Tensor, slope: Tensor, scale: float) -> Tensor:
         ctx.save_for_backward(slope)
+        ctx.scale = scale
         return values.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient: Tensor):
         (slope,) = ctx.saved_tensors
-        return slope * gradient[:, None], None, None
+        return slope * (gradient * ctx.scale)[:, None], None, None, None
 
 
 def mixture_of(first: Tensor, second: Tensor, share: float) -> Tensor:
