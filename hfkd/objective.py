@@ -153,15 +153,12 @@ class Objective(nn.Module):
             ValueError: A schedule begins after the run, or at some step no term counts, or only terms that must not
                 stand alone do.
         """
-        scheduled = any(term.schedule is not None for term in self.terms)
-        for step in range(total) if scheduled else ():
+        schedules = [term.schedule for term in self.terms if term.schedule is not None]
+        for step in sorted({step for schedule in schedules for step in schedule.turns(total)}):
             try:
                 check_terms([replace(term.at(step, total), schedule=None) for term in self.terms])
             except ValueError as error:
                 raise ValueError(f"At step {step + 1} of {total}: {error}") from error
-        for term in self.terms:
-            if not isinstance(term.loss, StateLoss):
-                term.loss.set_step(total - 1, total)
         self.set_step(0, total)
 
     def alone(self, name: str) -> Objective:
@@ -286,10 +283,8 @@ def _state_rows(
 
 
 def _state_sum(term: Term, rows: StateRows, weights: Tensor | None) -> Tensor:
-    """A term on states, summed over the rows, in float32 whatever autocast says."""
-    device = next(iter(rows.student.values())).device
-    with torch.autocast(device.type, enabled=False):
-        values = term.loss(rows)
+    """A term on states, summed over the rows."""
+    values = term.loss(rows)
     if values.shape != rows.targets.shape:
         raise ValueError(
             f"The loss {term.name!r} returned a tensor of shape {list(values.shape)} for {len(rows.targets)} tokens; "

@@ -83,6 +83,14 @@ class Schedule:
             done = 0.5 * (1.0 - math.cos(math.pi * done))
         return float(self.start + (self.end - self.start) * done)
 
+    def turns(self, total: int) -> list[int]:
+        """The steps of a run from 0 to `total - 1` between which the value doesn't begin or cease to be 0: it changes
+        in one direction, and only between its two ends.
+        """
+        end = total - 1 if self.end_step is None else self.end_step
+        steps = (0, self.start_step, self.start_step + 1, end - 1, end, total - 1)
+        return sorted({step for step in steps if 0 <= step < total})
+
     def describe(self) -> dict[str, Any]:
         """The recipe form."""
         return asdict(self)

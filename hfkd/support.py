@@ -93,7 +93,7 @@ class TokenChunk:
     @property
     def listed(self) -> int:
         """The number of ids that the teacher speaks of in each row: V, or K where it is sparse."""
-        return self.logits()[1].shape[-1]
+        return self._given().ids.shape[-1] if self.sparse else self.vocab_size
 
     # --- distributions
 
