@@ -30,6 +30,15 @@ def state_width(model: nn.Module) -> int:
     return int(base_model_of(model).config.get_text_config().hidden_size)
 
 
+def nearest_lists(root: nn.Module, length: int | None) -> list[tuple[str, nn.ModuleList]]:
+    """The lists of modules of this length that are nearest to the top, by their names under `root`."""
+    found: dict[int, list[tuple[str, nn.ModuleList]]] = {}
+    for name, module in root.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == length:
+            found.setdefault(name.count("."), []).append((name, module))
+    return found[min(found)] if found else []
+
+
 def block_list(model: nn.Module) -> nn.ModuleList:
     """Find the blocks of the decoder.
 
@@ -45,11 +54,7 @@ def block_list(model: nn.Module) -> nn.ModuleList:
     """
     base = base_model_of(model)
     count = state_count(model)
-    found: dict[int, list[tuple[str, nn.ModuleList]]] = {}
-    for name, module in base.base_model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            found.setdefault(name.count("."), []).append((name, module))
-    nearest = found[min(found)] if found else []
+    nearest = nearest_lists(base.base_model, count)
     if len(nearest) != 1:
         names = [name for name, _ in nearest] or "none"
         raise StateError(

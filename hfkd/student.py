@@ -18,6 +18,7 @@ from hfkd.batch import Batch
 from hfkd.config import DistillationConfig
 from hfkd.loading import load_causal_lm
 from hfkd.rows import Head, decode
+from hfkd.states import nearest_lists
 
 _OWN_NUMBER = ("layer_idx", "layer_id", "layer_number")
 # Of a block's plain attributes those that say nothing of what it computes.
@@ -124,15 +125,10 @@ def kept_layers(config: PreTrainedConfig) -> tuple[list[int], int] | None:
 def _blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """The decoder's blocks, and what the names of their weights begin with."""
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    found = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count
-    ]
-    depths = [name.count(".") for name, _ in found]
-    if model.config.is_encoder_decoder or depths.count(min(depths, default=0)) != 1:
+    found = nearest_lists(model, count)
+    if model.config.is_encoder_decoder or len(found) != 1:
         raise ValueError(f"{type(model).__name__} has no one list of {count} decoder blocks, so none can be taken out")
-    return found[depths.index(min(depths))]
+    return found[0]
 
 
 def _numbers(layers: int | Sequence[int], count: int) -> list[int]:

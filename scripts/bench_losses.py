@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import os
 import statistics
 import sys
 import time
@@ -23,13 +21,16 @@ from typing import Any
 
 import torch
 from bench_measuring import (
+    add_common_arguments,
     in_fresh_process,
     load,
     package_version,
     print_lines,
     print_targets,
     setting,
+    take_threads,
     time_in_turns,
+    write_json,
 )
 from bench_reporting import plot, print_tables
 from bench_rows import (
@@ -342,15 +343,13 @@ def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--kinds", nargs="+", default=known, choices=known, metavar="KIND", help="default: every loss")
     parser.add_argument("--spread", type=float, default=2.0, help="standard deviation of the logits, in nats")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--threads", type=int, help="of torch; one is the steadier measure on a busy machine")
     parser.add_argument("--memory-kinds", nargs="*", default=MEMORY_KINDS, choices=list(LOSSES), metavar="KIND")
     parser.add_argument(
         "--memory-rows", nargs="*", type=int, default=[1024, 2048, 4096, 8192, 16384], help="none: weigh nothing"
     )
     parser.add_argument("--tries", type=int, default=1, help="fresh processes for each figure of memory over rows")
-    parser.add_argument("--json", type=Path, help="write the figures to this file, too")
+    add_common_arguments(parser)
     parser.add_argument("--plot", type=Path, help="draw them into this file; several sizes add theirs to its name")
     return parser.parse_args(words)
 
@@ -358,9 +357,7 @@ def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
 def main(words: Sequence[str] | None = None) -> None:
     """Measure all sizes and print the tables."""
     options = _arguments(words)
-    if options.threads:
-        os.environ["OMP_NUM_THREADS"] = str(options.threads)  # for the fresh processes
-        torch.set_num_threads(options.threads)
+    take_threads(options.threads)
     print_lines(f"{setting(options.device)}; {options.dtype}; {options.repeats} turns", load())
     reports = []
     for size in options.sizes:
@@ -374,8 +371,7 @@ def main(words: Sequence[str] | None = None) -> None:
             alone = len(options.sizes) == 1
             plot(report, options.plot if alone else options.plot.with_stem(f"{options.plot.stem}-{size}"))
         reports.append(report)
-    if options.json:
-        options.json.write_text(json.dumps({"setting": setting(options.device), "cases": reports}, indent=2) + "\n")
+    write_json({"setting": setting(options.device), "cases": reports}, options.json)
 
 
 if __name__ == "__main__":

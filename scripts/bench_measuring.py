@@ -5,7 +5,9 @@ It knows nothing of what is measured.
 
 from __future__ import annotations
 
+import argparse
 import gc
+import json
 import os
 import platform
 import sys
@@ -17,6 +19,26 @@ from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 
 import torch
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that every benchmark has."""
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--threads", type=int, help="of torch; one is the steadier measure on a busy machine")
+    parser.add_argument("--json", type=Path, help="write the figures to this file, too")
+
+
+def take_threads(count: int | None) -> None:
+    """Put the number of threads in force, here and for the fresh processes; None leaves it."""
+    if count:
+        os.environ["OMP_NUM_THREADS"] = str(count)
+        torch.set_num_threads(count)
+
+
+def write_json(report: object, file: Path | None) -> None:
+    """Write the figures, if a file was asked for."""
+    if file:
+        file.write_text(json.dumps(report, indent=2) + "\n")
 
 
 def time_in_turns(runs: dict[str, Callable[[], object]], repeats: int, device: str) -> dict[str, list[float]]:

@@ -10,15 +10,12 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 
-import torch
 from bench_measuring import (
+    add_common_arguments,
     in_fresh_process,
     load,
     package_version,
@@ -27,6 +24,8 @@ from bench_measuring import (
     print_targets,
     setting,
     span,
+    take_threads,
+    write_json,
 )
 from bench_rows import (
     BARE,
@@ -136,19 +135,15 @@ def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sizes", nargs="+", default=["1024x576x49152", "1024x896x65536"], help="NxHxV, one or more")
     parser.add_argument("--heads", nargs="+", default=["trained", "frozen"], choices=["trained", "frozen"])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--threads", type=int, help="of torch; one is the steadier measure on a busy machine")
-    parser.add_argument("--json", type=Path, help="write the figures to this file, too")
+    add_common_arguments(parser)
     return parser.parse_args(words)
 
 
 def main(words: Sequence[str] | None = None) -> None:
     """Measure all sizes and print the tables."""
     options = _arguments(words)
-    if options.threads:
-        os.environ["OMP_NUM_THREADS"] = str(options.threads)  # for the fresh processes
-        torch.set_num_threads(options.threads)
+    take_threads(options.threads)
     names = [name for name in IMPLEMENTATIONS if "TRL" not in name or package_version("trl")]
     print_lines(f"{setting(options.device)}; {options.dtype}; {options.repeats} runs each, by turns", load())
     report = []
@@ -161,8 +156,7 @@ def main(words: Sequence[str] | None = None) -> None:
             tabulate(case, results)
             print_targets(verdicts)
             report.append({"case": asdict(case), "results": results, "targets": verdicts})
-    if options.json:
-        options.json.write_text(json.dumps({"setting": setting(options.device), "cases": report}, indent=2) + "\n")
+    write_json({"setting": setting(options.device), "cases": report}, options.json)
 
 
 if __name__ == "__main__":

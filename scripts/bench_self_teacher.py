@@ -9,7 +9,6 @@ step are compared before anything is said of their speed. Nothing here measures 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import time
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 from bench_measuring import (
+    add_common_arguments,
     load,
     print_lines,
     print_table,
@@ -27,7 +27,9 @@ from bench_measuring import (
     setting,
     span,
     synchronize,
+    take_threads,
     time_in_turns,
+    write_json,
 )
 from bench_steps import OFF_POLICY, SDFT, SDFT_ALONE, WITH_ANSWERS, Lengths, Words, compare_steps
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, set_seed
@@ -154,23 +156,19 @@ def _target(medians: dict[str, float], name: str, other: str) -> dict[str, Any]:
 def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help=f"a folder; {DEFAULT_MODEL} if it is there, else random weights")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--parts", nargs="+", default=["forward", "step"], choices=["forward", "step"])
     parser.add_argument("--repeats", type=int, default=3, help="of the forward; the trainers take one turn less")
     parser.add_argument("--steps", type=int, default=4, help="of a training run, the first not counted")
     for name, value in (("shared", 1024), ("own", 96), ("demonstration-tokens", 310), ("question", 8), ("batch", 8)):
         parser.add_argument(f"--{name}", type=int, default=value, help="tokens" if name != "batch" else "rows")
-    parser.add_argument("--threads", type=int, help="of torch; one is the steadier measure on a busy machine")
-    parser.add_argument("--json", type=Path, help="write the figures to this file, too")
+    add_common_arguments(parser)
     return parser.parse_args(words)
 
 
 def main(words: Sequence[str] | None = None) -> None:
     """Measure and print both tables."""
     options = _arguments(words)
-    if options.threads:
-        os.environ["OMP_NUM_THREADS"] = str(options.threads)  # for the fresh processes
-        torch.set_num_threads(options.threads)
+    take_threads(options.threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.simplefilter("ignore")
@@ -193,8 +191,7 @@ def main(words: Sequence[str] | None = None) -> None:
         )
         report["step"] = {**found, "targets": report_steps(lengths, found)}
         print_targets(report["step"]["targets"])
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    write_json(report, options.json)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from hfkd.data.prompts import PromptStyle
+from hfkd.losses import LOSSES, Divergence
 from hfkd.recipe import Recipe, RecipeError, load_recipe
 from hfkd.recipe.schema import PromptSection
 
@@ -83,6 +84,14 @@ def test_overrides(recipe_file: Path, overrides: list[str], path: str, value: ob
     for part in path.split("."):
         place = place[int(part)] if isinstance(place, list) else place[part]
     assert place == value
+
+
+@pytest.mark.parametrize("kind", [kind for kind, loss in LOSSES.items() if issubclass(loss, Divergence)])
+def test_every_divergence_takes_a_scheduled_temperature(recipe_file: Path, kind: str) -> None:
+    """Prevents a loss whose signature refuses in a recipe what it takes from Python."""
+    term = f"{{kind: {kind}, temperature: {{schedule: linear, start: 4.0, end: 1.0}}}}"
+    found = load_recipe(recipe_file, [f"loss.terms=[{{kind: cross_entropy}}, {term}]"])
+    assert found.resolved()["loss"]["terms"][1]["temperature"]["start"] == 4.0
 
 
 def test_weights_and_temperatures_may_be_schedules(recipe_file: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hfkd.losses.base import Divergence
+from hfkd.losses.base import Divergence, Temperature
 from hfkd.losses.slope import with_slope
 
 _HEAD_RULES = ("official", "crossing")
@@ -56,7 +56,7 @@ class AdaptiveKL(Divergence):
         self,
         head_mass: float = 0.5,
         head_rule: Literal["official", "crossing"] = "official",
-        temperature: float = 1.0,
+        temperature: Temperature = 1.0,
         scale_by_temperature_squared: bool = True,
     ) -> None:
         super().__init__(temperature, scale_by_temperature_squared)
@@ -123,7 +123,7 @@ class BalancedKL(Divergence):
     """
 
     def __init__(
-        self, sharpness: float = 1.0, temperature: float = 1.0, scale_by_temperature_squared: bool = True
+        self, sharpness: float = 1.0, temperature: Temperature = 1.0, scale_by_temperature_squared: bool = True
     ) -> None:
         super().__init__(temperature, scale_by_temperature_squared)
         if not 0 < sharpness < float("inf"):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hfkd.losses.base import Divergence
+from hfkd.losses.base import Divergence, Temperature
 from hfkd.losses.slope import with_slope
 
 
@@ -49,7 +49,7 @@ class AlphaBeta(Divergence):
         self,
         teacher_power: float = 0.2,
         student_power: float = 0.7,
-        temperature: float = 1.0,
+        temperature: Temperature = 1.0,
         scale_by_temperature_squared: bool = True,
     ) -> None:
         super().__init__(temperature, scale_by_temperature_squared)

@@ -20,6 +20,9 @@ from hfkd.schedules import Schedule, all_values, constant_or_schedule, described
 from hfkd.signal import DISTRIBUTION
 from hfkd.support import TokenChunk
 
+Temperature = float | Mapping[str, Any] | Schedule
+"""A number above 0, or a schedule or its recipe form."""
+
 
 class TokenLoss(nn.Module, ABC):
     """A cost of each supervised token, in nats, neither divided nor masked.
@@ -115,9 +118,7 @@ class Divergence(TokenLoss):
 
     needs = frozenset({DISTRIBUTION})
 
-    def __init__(
-        self, temperature: float | Mapping[str, Any] | Schedule = 1.0, scale_by_temperature_squared: bool = True
-    ) -> None:
+    def __init__(self, temperature: Temperature = 1.0, scale_by_temperature_squared: bool = True) -> None:
         super().__init__()
         cls = type(self)
         if cls.between is Divergence.between and cls.compare is Divergence.compare:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from hfkd.losses.base import Temperature
 from hfkd.losses.logits import LogitDivergence
 from hfkd.support import TokenChunk
 
@@ -48,7 +49,11 @@ class LogitBinaryKL(LogitDivergence):
     auxiliary: ClassVar[bool] = True
 
     def __init__(
-        self, rank: int = 8, support: int = 128, temperature: float = 2.0, scale_by_temperature_squared: bool = True
+        self,
+        rank: int = 8,
+        support: int = 128,
+        temperature: Temperature = 2.0,
+        scale_by_temperature_squared: bool = True,
     ) -> None:
         super().__init__(temperature, scale_by_temperature_squared)
         if not rank >= 1 or not support >= 2:

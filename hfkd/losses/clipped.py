@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hfkd.losses.base import Divergence
+from hfkd.losses.base import Divergence, Temperature
 from hfkd.support import TokenChunk
 
 _FEATURES = 16
@@ -67,7 +67,7 @@ class ClippedKL(Divergence):
         support: int = 256,
         softness: float = 0.05,
         minimum_mass: float = 0.5,
-        temperature: float = 1.0,
+        temperature: Temperature = 1.0,
         scale_by_temperature_squared: bool = True,
     ) -> None:
         super().__init__(temperature, scale_by_temperature_squared)

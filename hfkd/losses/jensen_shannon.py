@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hfkd.losses.base import Divergence
+from hfkd.losses.base import Divergence, Temperature
 from hfkd.losses.slope import mixture_of, with_slope
 
 
@@ -39,7 +39,7 @@ class JensenShannon(Divergence):
     """
 
     def __init__(
-        self, mixture_weight: float = 0.5, temperature: float = 1.0, scale_by_temperature_squared: bool = True
+        self, mixture_weight: float = 0.5, temperature: Temperature = 1.0, scale_by_temperature_squared: bool = True
     ) -> None:
         super().__init__(temperature, scale_by_temperature_squared)
         if not 0 < mixture_weight < 1:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hfkd.losses.base import Divergence
+from hfkd.losses.base import Divergence, Temperature
 from hfkd.losses.slope import with_slope
 from hfkd.support import TokenChunk
 
@@ -68,7 +68,7 @@ class LogitMSE(LogitDivergence):
     """
 
     def __init__(
-        self, centre: bool = True, temperature: float = 1.0, scale_by_temperature_squared: bool = True
+        self, centre: bool = True, temperature: Temperature = 1.0, scale_by_temperature_squared: bool = True
     ) -> None:
         super().__init__(temperature, scale_by_temperature_squared)
         self.centre = bool(centre)
@@ -133,7 +133,7 @@ class StandardizedKL(LogitDivergence):
         0.3183
     """
 
-    def __init__(self, temperature: float = 2.0, scale_by_temperature_squared: bool = True) -> None:
+    def __init__(self, temperature: Temperature = 2.0, scale_by_temperature_squared: bool = True) -> None:
         super().__init__(temperature, scale_by_temperature_squared)
 
     def between_logits(self, student: Tensor, teacher: Tensor) -> Tensor:

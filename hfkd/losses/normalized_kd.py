@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hfkd.losses.base import Divergence
+from hfkd.losses.base import Divergence, Temperature
 from hfkd.losses.slope import with_slope
 from hfkd.support import TokenChunk
 
@@ -43,7 +43,7 @@ class NormalizedKD(Divergence):
     """
 
     def __init__(
-        self, non_target_weight: float = 1.5, temperature: float = 1.0, scale_by_temperature_squared: bool = True
+        self, non_target_weight: float = 1.5, temperature: Temperature = 1.0, scale_by_temperature_squared: bool = True
     ) -> None:
         super().__init__(temperature, scale_by_temperature_squared)
         if not 0 <= non_target_weight < math.inf:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hfkd.losses.base import Temperature
 from hfkd.losses.logits import LogitDivergence
 
 
@@ -16,7 +17,9 @@ class _Ranking(LogitDivergence):
     may_stand_alone = False
     why_not_alone = "the order of some tokens says nothing about their probabilities, nor about all other tokens."
 
-    def __init__(self, top: int = 8, temperature: float = 1.0, scale_by_temperature_squared: bool = True) -> None:
+    def __init__(
+        self, top: int = 8, temperature: Temperature = 1.0, scale_by_temperature_squared: bool = True
+    ) -> None:
         super().__init__(temperature, scale_by_temperature_squared)
         if not top >= 2:
             raise ValueError(f"{self.key}: top is {top}; expected at least 2 tokens, because pairs are compared.")
@@ -68,7 +71,11 @@ class HingeRanking(_Ranking):
     """
 
     def __init__(
-        self, top: int = 8, margin: float = 1.0, temperature: float = 1.0, scale_by_temperature_squared: bool = True
+        self,
+        top: int = 8,
+        margin: float = 1.0,
+        temperature: Temperature = 1.0,
+        scale_by_temperature_squared: bool = True,
     ) -> None:
         super().__init__(top, temperature, scale_by_temperature_squared)
         if not 0 <= margin < math.inf:

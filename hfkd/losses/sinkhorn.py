@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hfkd.losses.base import Divergence
+from hfkd.losses.base import Divergence, Temperature
 from hfkd.rows import RowLayout
 from hfkd.support import TokenChunk
 
@@ -82,7 +82,7 @@ class Sinkhorn(Divergence):
         debias: bool = False,
         detach_plan: bool = False,
         alone: bool = False,
-        temperature: float = 1.0,
+        temperature: Temperature = 1.0,
         scale_by_temperature_squared: bool = False,
     ) -> None:
         super().__init__(temperature, scale_by_temperature_squared)

@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hfkd.losses.base import Divergence
+from hfkd.losses.base import Divergence, Temperature
 from hfkd.losses.slope import mixture_of, with_slope
 
 
 class _Skew(Divergence):
-    def __init__(self, skew: float = 0.1, temperature: float = 1.0, scale_by_temperature_squared: bool = True) -> None:
+    def __init__(
+        self, skew: float = 0.1, temperature: Temperature = 1.0, scale_by_temperature_squared: bool = True
+    ) -> None:
         super().__init__(temperature, scale_by_temperature_squared)
         if not 0 < skew < 1:
             plain = self.key.removeprefix("skew_")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hfkd.losses.base import Divergence
+from hfkd.losses.base import Divergence, Temperature
 from hfkd.losses.slope import with_slope
 from hfkd.named import import_named
 from hfkd.rows import RowLayout
@@ -60,7 +60,7 @@ class SpanCorrelation(Divergence):
         self,
         spans: int | str | Spans = 4,
         scale: float = 1.0,
-        temperature: float = 1.0,
+        temperature: Temperature = 1.0,
         scale_by_temperature_squared: bool = False,
     ) -> None:
         super().__init__(temperature, scale_by_temperature_squared)

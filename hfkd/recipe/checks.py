@@ -141,8 +141,6 @@ def _loss_arguments(prefix: str, loss: type, given: dict[str, Any]) -> list[str]
         if name not in parameters:
             faults.append(f"{prefix}{name}: unknown key{near(name, known)} (known here: {', '.join(known)})")
             continue
-        if name == "temperature" and isinstance(value, dict):
-            continue  # a schedule, which the loss checks itself
         try:
             given[name] = _plain_value(hints.get(name), value)
         except ValueError as error:
