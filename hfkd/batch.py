@@ -3,7 +3,7 @@
 A `View` is one padded batch of token ids with its mask and its labels. A `Batch` holds the student's view and, where
 the teacher reads another prompt, the teacher's. The promise is that the supervised ids of both views are the same ids
 in the same order, so row i of the student and row i of the teacher predict the same token, whatever the two prompts
-are.
+are. Where the teacher has another tokenizer, the promise is about stretches of text instead of ids.
 
 This module knows nothing of models, teachers or losses.
 """
@@ -20,6 +20,7 @@ IGNORE = -100
 """The label of a position where nothing is learned."""
 
 _FIELDS = ("input_ids", "attention_mask", "labels")
+_BESIDE = ("route", "student_span", "teacher_span")
 
 
 def predicted(labels: Tensor) -> Tensor:
@@ -66,17 +67,27 @@ class View:
 
 @dataclass(frozen=True)
 class Batch:
-    """The student's view, the teacher's view where it differs, and optional weights of the supervised tokens.
+    """The student's view, the teacher's view where it differs, and what else is known of the texts.
 
     Args:
         student: What the student reads.
         teacher: What the teacher reads; None where it reads the student's view.
         token_weights: [N] factors of the supervised tokens in the order of `student.targets`; None means 1.
+        route: [B] the number of the teacher that each text belongs to, where there are several; else None.
+        student_span: [B, T] where the teacher cuts the text into other tokens: the number, within its row, of the
+            stretch of text that each token of the student's view belongs to, -1 where it belongs to none; else None.
+            The two views then needn't learn the same ids.
+        teacher_span: [B, T'] the same for the teacher's view.
+        own_text: Whether the student wrote what is supervised.
     """
 
     student: View
     teacher: View | None = None
     token_weights: Tensor | None = None
+    route: Tensor | None = None
+    student_span: Tensor | None = None
+    teacher_span: Tensor | None = None
+    own_text: bool = False
 
     @property
     def teacher_view(self) -> View:
@@ -88,7 +99,7 @@ class Batch:
 
         Returns:
             `input_ids`, `attention_mask`, `labels`, with a teacher view also `teacher_*`, with weights also
-            `token_weights` [B, T].
+            `token_weights` [B, T], and the other fields that are there under their names.
         """
         inputs = {name: getattr(self.student, name) for name in _FIELDS}
         if self.teacher is not None:
@@ -97,7 +108,8 @@ class Batch:
             padded = torch.zeros(self.student.labels.shape, dtype=torch.float32, device=self.token_weights.device)
             padded[:, 1:][predicted(self.student.labels)] = self.token_weights.float()
             inputs["token_weights"] = padded
-        return inputs
+        inputs |= {name: getattr(self, name) for name in _BESIDE if getattr(self, name) is not None}
+        return inputs | ({"own_text": True} if self.own_text else {})
 
     @classmethod
     def from_inputs(cls, inputs: Mapping[str, Tensor]) -> Batch:
@@ -123,4 +135,5 @@ class Batch:
         weights = inputs.get("token_weights")
         if weights is not None:
             weights = weights[:, 1:][predicted(student.labels)].float()
-        return cls(student=student, teacher=teacher, token_weights=weights)
+        beside = {name: inputs.get(name) for name in _BESIDE}
+        return cls(student, teacher, weights, **beside, own_text=bool(inputs.get("own_text", False)))

@@ -33,6 +33,15 @@ class Steps(TrainerCallback):
         dataset = self.trainer.train_dataset
         if isinstance(dataset, DistillationDataset):
             dataset.set_epoch(int(state.epoch or 0))
+        epoch = float(state.epoch or 0)
+        if self.trainer.teacher is not None and epoch and epoch.is_integer():
+            # Once more: a checkpoint of an epoch's last step is written before that epoch ends.
+            self.trainer.teacher.after_epoch(epoch)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The teacher may be what the student was until now."""
+        if self.trainer.teacher is not None:
+            self.trainer.teacher.after_epoch(float(state.epoch or 0))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Bring the losses' gradients together."""

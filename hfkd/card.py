@@ -67,12 +67,16 @@ def _origin(run: Mapping[str, Any]) -> str:
 
 
 def _kept(run: Mapping[str, Any]) -> str:
-    """Which blocks of the origin the student has, in words; nothing where it has all."""
+    """What the student has of its origin, in words; nothing where it has all."""
     student = run.get("student") or {}
-    kept = student.get("kept_layers")
-    if not kept:
-        return ""
-    return f"{len(kept)} of the {student['layers_before']} blocks ({', '.join(map(str, kept))}; counted from 0) of "
+    parts = []
+    if kept := student.get("kept_layers"):
+        numbers = ", ".join(map(str, kept))
+        parts.append(f"{len(kept)} of the {student['layers_before']} blocks ({numbers}; counted from 0)")
+    for name, words in (("heads", "attention heads"), ("intermediate", "MLP neurons")):
+        if part := (student.get("narrowed") or {}).get(name):
+            parts.append(f"{part['kept']} of the {part['of']} {words} of each block")
+    return f"{', '.join(parts)} of " if parts else ""
 
 
 def _metadata(run: Mapping[str, Any]) -> str:
@@ -99,13 +103,41 @@ def _teacher_words(recipe: Mapping[str, Any]) -> str:
     teacher, count = recipe["teacher"], recipe["data"]["demonstrations"]["count"]
     if teacher["kind"] == "none":
         return "There was no teacher: the student learned from the answers alone."
-    if teacher["kind"] == "self":
-        whose = _WEIGHTS[teacher["weights"]]
-    else:
-        whose = f"`{teacher['model'] or teacher['kind']}`" + (
-            f" at revision `{teacher['revision']}`" if teacher["revision"] else ""
-        )
-    return f"The teacher is {whose}; it read {count} demonstrations before each question."
+    cached = ", read from a cache of what it says" if teacher.get("cache") else ""
+    whose = _whose(teacher)
+    plural = teacher["kind"] in ("mixture", "routed")
+    begins = f"The teachers are {whose}; they" if plural else f"The teacher is {whose}{cached}; it"
+    return f"{begins} read {count} demonstrations before each question.{_writers(recipe['data'])}"
+
+
+def _whose(teacher: Mapping[str, Any]) -> str:
+    """Whose weights teach."""
+    kind = teacher["kind"]
+    if teacher.get("members"):
+        joined = ", ".join(f"{name} ({_whose(member)})" for name, member in teacher["members"].items())
+        how = "by the column of each row" if kind == "routed" else "mixed by their weights"
+        return f"{joined}, {how}"
+    if kind == "self":
+        return _WEIGHTS[teacher["weights"]]
+    if kind == "ema":
+        return f"a moving average of the student's weights (decay {teacher['decay']:g} a step)"
+    if kind == "snapshot":
+        every = teacher["every"]
+        when = "at the end of the epoch before" if every == "epoch" else f"up to {every} steps before"
+        return f"the student as it was {when}"
+    revision = f" at revision `{teacher['revision']}`" if teacher["revision"] else ""
+    return f"`{teacher['model'] or kind}`{revision}"
+
+
+def _writers(data: Mapping[str, Any]) -> str:
+    """Who wrote the text while training, where it wasn't there before."""
+    answer = data.get("answer", "dataset")
+    if answer in ("dataset", "teacher"):
+        return ""
+    shares = {answer: 1.0} if isinstance(answer, str) else answer
+    total = sum(shares.values())
+    named = ", ".join(f"{name} {share / total:.0%}" for name, share in shares.items() if share)
+    return f" The text was written step by step: {named}."
 
 
 def _teacher_accuracy(recipe: Mapping[str, Any], details: Mapping[str, Mapping[str, Any]]) -> str:

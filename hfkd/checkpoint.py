@@ -1,4 +1,5 @@
-"""What a checkpoint holds besides the student: the parameters of losses, and the state of a teacher that changes.
+"""What a checkpoint holds besides the student: the parameters of losses, the state of a teacher that changes, and the
+texts that are kept to be learned from again.
 
 Each is one safetensors file beside the student's, and there is none where there is nothing to keep.
 """
@@ -9,35 +10,43 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from hfkd.rollout.on_policy import Writer
 from hfkd.teachers import Teacher
 
 OBJECTIVE_FILE = "objective.safetensors"
 TEACHER_FILE = "teacher.safetensors"
+TEXTS_FILE = "texts.{process}.safetensors"
 
 
-def save_companions(folder: str, objective: nn.Module, teacher: Teacher | None) -> None:
-    """Write what has a state.
+def save_companions(
+    folder: str, objective: nn.Module, teacher: Teacher | None, writer: Writer | None = None, first: bool = True
+) -> None:
+    """Write what has a state: the first process what all share, and each its own texts.
 
     Args:
         folder: Of the checkpoint.
         objective: Its losses may hold parameters.
         teacher: May hold a state.
+        writer: May keep texts.
+        first: Whether this process writes what all share.
     """
-    for name, owner in _owners(objective, teacher):
-        if state := owner.state_dict():
+    for name, owner in _owners(objective, teacher, writer):
+        state = owner.state_dict()
+        if state and (first or owner is writer):
             save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, Path(folder) / name)
 
 
-def load_companions(folder: str, objective: nn.Module, teacher: Teacher | None) -> None:
+def load_companions(folder: str, objective: nn.Module, teacher: Teacher | None, writer: Writer | None = None) -> None:
     """Take back what `save_companions` wrote.
 
     Raises:
         FileNotFoundError: Something here has a state, but the checkpoint holds none: it was made with other parts.
     """
-    for name, owner in _owners(objective, teacher):
+    for name, owner in _owners(objective, teacher, writer):
         if not owner.state_dict():
             continue
         file = Path(folder) / name
@@ -50,7 +59,9 @@ def load_companions(folder: str, objective: nn.Module, teacher: Teacher | None) 
         owner.load_state_dict(load_file(file))
 
 
-def _owners(objective: nn.Module, teacher: Teacher | None) -> Iterator[tuple[str, Any]]:
+def _owners(objective: nn.Module, teacher: Teacher | None, writer: Writer | None) -> Iterator[tuple[str, Any]]:
     yield OBJECTIVE_FILE, objective
     if teacher is not None:
         yield TEACHER_FILE, teacher
+    if writer is not None:
+        yield TEXTS_FILE.format(process=PartialState().process_index), writer

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from hfkd.plan import Chunk, Reader, Rows, Term
-from hfkd.rows import DenseRows, Head, TopKRows
+from hfkd.rows import DenseRows, Head, TopKRows, product
 from hfkd.support import Tail, TokenChunk
+from hfkd.teacher_rows import AlignedRows, LogitRows, SampledRows, TeacherRows
 
 BLOCK_VALUES = 3 * 2**18
 """Logits that losses read at once on a CPU: small enough to stay in its cache between one elementwise step and the
@@ -50,7 +51,7 @@ class Run:
         terms: Sequence[Term],
         chunks: Sequence[Chunk],
         head: Head,
-        teacher: DenseRows | TopKRows | None,
+        teacher: TeacherRows | None,
         targets: Tensor,
         weights: Tensor | None,
         parameters: Sequence[nn.Parameter],
@@ -61,11 +62,9 @@ class Run:
         self.terms, self.chunks, self.targets, self.weights = terms, chunks, targets, weights
         self.parameters, self.tail, self.read = parameters, tail, read or read_block
         self.head = head.detached()
-        self.teacher = teacher
-        if isinstance(teacher, DenseRows):
-            states, head = teacher.hidden.detach(), teacher.head.detached()
-            self.teacher = DenseRows(states, replace(head, weight=head.weight.to(states.dtype)))
-        counting = measure_agreement and teacher is not None
+        self.listed = isinstance(teacher, TopKRows | SampledRows)
+        self.teacher = teacher if teacher is None or self.listed else teacher.detached()
+        counting = measure_agreement and isinstance(teacher, LogitRows | TopKRows)
         self.agreed = torch.zeros((), dtype=torch.long, device=targets.device) if counting else None
         self.measures: dict[str, Tensor] = {}
         self.with_gradient = torch.is_grad_enabled()
@@ -91,11 +90,13 @@ class Run:
         # Made once: memory that is given back and asked for anew at each chunk has to be cleared by the system each
         # time.
         most = max(_count(chunk.rows) for chunk in self.chunks)
-        both = [hidden.new_empty(most, self.head.vocab_size, dtype=wide_dtype) for _ in range(2 if self._dense else 1)]
+        ours = hidden.new_empty(most, self.head.vocab_size, dtype=wide_dtype)
+        dense = self.teacher is not None and not self.listed
+        theirs = hidden.new_empty(most, self.teacher.vocab_size, dtype=wide_dtype) if dense else None
         for chunk in self.chunks:
             states = hidden[chunk.rows]
-            logits = _product(states, weight, both[0])
-            work = _Work(chunk, states, logits, self._teacher_chunk(chunk.rows, both[-1]))
+            logits = product(states, weight, ours)
+            work = _Work(chunk, states, logits, self._teacher_chunk(chunk.rows, theirs))
             for place, reader in enumerate(chunk.readers):
                 self._let_read(work, reader, buffers, sums, self.agreed is not None and chunk.counted and place == 0)
             if self.with_gradient:
@@ -131,10 +132,12 @@ class Run:
     ) -> tuple[TokenChunk, _Inputs]:
         """The block as its reader sees it, and what its gradient is asked for."""
         head, theirs = self.head, work.teacher
-        if isinstance(theirs, TopKRows):
-            theirs = _cut(theirs, block)
+        if self.listed:
+            theirs = theirs.select(block)
         elif theirs is not None:
-            theirs = self.teacher.head.finish(theirs[block])
+            theirs = theirs[block]
+            if isinstance(self.teacher, DenseRows):
+                theirs = self.teacher.head.finish(theirs)  # a block at a time: it stays in a CPU's cache
         leaf = work.logits[block].detach().requires_grad_(self.with_gradient)
         hidden = bias = None
         if reader.auxiliary:
@@ -145,7 +148,10 @@ class Run:
         with torch.set_grad_enabled(self.with_gradient):
             logits = head.finish(leaf)
         targets = self.targets[work.chunk.rows][block]
-        chunk = TokenChunk(targets, logits, theirs, tail=self.tail, hidden=hidden, group=group)
+        beside = None
+        if isinstance(self.teacher, AlignedRows):
+            beside = self.teacher.alignment(work.chunk.rows).select(block)
+        chunk = TokenChunk(targets, logits, theirs, tail=self.tail, hidden=hidden, group=group, alignment=beside)
         return chunk, _Inputs(leaf, bias, hidden)
 
     def _note(self, measures: dict[str, Tensor]) -> None:
@@ -153,15 +159,12 @@ class Run:
             total = values.sum()
             self.measures[name] = self.measures[name] + total if name in self.measures else total
 
-    @property
-    def _dense(self) -> bool:
-        return isinstance(self.teacher, DenseRows)
-
-    def _teacher_chunk(self, rows: Rows, buffer: Tensor) -> Tensor | TopKRows | None:
-        if self._dense:
-            states = self.teacher.hidden[rows]
-            return _product(states, self.teacher.head.weight, buffer)
-        return _cut(self.teacher, rows)
+    def _teacher_chunk(self, rows: Rows, buffer: Tensor | None) -> Tensor | TopKRows | SampledRows | None:
+        if self.teacher is None or self.listed:
+            return None if self.teacher is None else self.teacher.select(rows)
+        if isinstance(self.teacher, DenseRows):
+            return self.teacher.products(rows, buffer)
+        return self.teacher.logits(rows, buffer)
 
 
 def read_block(terms: Sequence[Term], chunk: TokenChunk, weights: Tensor | None) -> list[Tensor]:
@@ -207,7 +210,9 @@ class _Work:
     `gradient` goes to the head and to the hidden states, `beside` to the hidden states alone.
     """
 
-    def __init__(self, chunk: Chunk, states: Tensor, logits: Tensor, teacher: Tensor | TopKRows | None) -> None:
+    def __init__(
+        self, chunk: Chunk, states: Tensor, logits: Tensor, teacher: Tensor | TopKRows | SampledRows | None
+    ) -> None:
         self.chunk, self.states, self.logits, self.teacher = chunk, states, logits, teacher
         plain = any(not reader.auxiliary for reader in chunk.readers)
         # The logits of a block aren't needed any more once its gradient is known, unless another reader comes.
@@ -244,25 +249,11 @@ def _count(rows: Rows) -> int:
     return rows.stop - rows.start if isinstance(rows, slice) else rows.shape[0]
 
 
-def _product(states: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
-    """`states @ weight.T` in the first rows of a buffer that may be wider in type."""
-    out = buffer[: states.shape[0]]
-    if states.dtype == buffer.dtype:
-        return torch.mm(states, weight.T, out=out)
-    if states.device.type == "cuda":
-        return torch.mm(states, weight.T, out_dtype=buffer.dtype, out=out)  # summed and kept in float32
-    return out.copy_(torch.mm(states, weight.T))
-
-
 def _small_blocks(logits: Tensor) -> Iterator[slice]:
     """Blocks that fit a CPU's cache; on an accelerator the whole chunk, where few large kernels are what is fast."""
     rows, width = logits.shape
     size = max(1, BLOCK_VALUES // width) if logits.device.type == "cpu" else max(1, rows)
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
-
-
-def _cut(rows: TopKRows | None, which: Rows) -> TopKRows | None:
-    return None if rows is None else replace(rows, ids=rows.ids[which], log_probs=rows.log_probs[which])
 
 
 class _Buffers:

@@ -37,7 +37,11 @@ def check_gradients_can_be_told_apart(accelerator: Accelerator, args: TrainingAr
 
 
 def norms_by_term(
-    objective: Objective, module: nn.Module, rows: tuple[Any, ...], states: Mapping[int, Tensor]
+    objective: Objective,
+    module: nn.Module,
+    rows: tuple[Any, ...],
+    states: Mapping[int, Tensor],
+    own_text: bool = False,
 ) -> dict[str, float]:
     """Measure the gradient of each weighted term.
 
@@ -46,17 +50,17 @@ def norms_by_term(
         module: The student, whose graph `rows` and `states` hang in.
         rows: The first arguments of the objective: student, signal, targets, weights, layout.
         states: The student's states.
+        own_text: Whether the student wrote the text, which terms that learn it are then left out of.
 
     Returns:
         For each term the L2 norm of d(weight * mean over this micro-batch's tokens) / d(the student's parameters that
-        learn); 0 for a term of weight 0 and for one that reaches
-        none of them.
+        learn); 0 for a term of weight 0, for one that is left out and for one that reaches none of them.
     """
     learned = [parameter for parameter in module.parameters() if parameter.requires_grad]
     tokens = max(1, len(rows[0]))
     norms = {}
     for term in objective.terms:
-        if not term.weight:
+        if not term.weight or (own_text and term.loss.fits_text):
             norms[term.name] = 0.0
             continue
         total = objective.alone(term.name)(*rows, states=states).total

@@ -30,7 +30,7 @@ class Meter:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.gradients: dict[str, float] = {}
-        self._sums: dict[str, torch.Tensor] = {}
+        self._sums: dict[str, tuple[torch.Tensor | float, float]] = {}
         self._teacher_seconds = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._started = time.perf_counter()
@@ -41,17 +41,25 @@ class Meter:
         Args:
             result: What the objective said of it.
         """
-        self._count("tokens", torch.tensor(float(result.tokens), device=self.device))
+        tokens = float(result.tokens)
+        self.add_ratio("tokens", tokens, 1.0)
         for name, part in result.parts.items():
-            self._count(f"loss/{name}", part.detach().float())
+            self.add_ratio(f"loss/{name}", part.detach().float(), tokens)
         for name, value in result.measures.items():
-            self._count(name, value.detach().float())
+            self.add_ratio(name, value.detach().float(), tokens)
         if result.agreed is not None:
-            self._count("agreed", result.agreed.float())
-            self._count("measured", torch.tensor(float(result.tokens), device=self.device))
+            self.add_ratio("teacher/agreement", result.agreed.float(), tokens)
 
-    def _count(self, name: str, value: torch.Tensor) -> None:
-        self._sums[name] = self._sums[name] + value if name in self._sums else value
+    def add_ratio(self, name: str, part: torch.Tensor | float, whole: float) -> None:
+        """Count something that the log shows as the sum of its parts over the sum of its wholes.
+
+        Args:
+            name: Of the log entry.
+            part: A scalar.
+            whole: What it is a part of.
+        """
+        known = self._sums.get(name, (0.0, 0.0))
+        self._sums[name] = known[0] + part, known[1] + whole
 
     @contextmanager
     def teaching(self) -> Iterator[None]:
@@ -71,33 +79,33 @@ class Meter:
         """Read and reset.
 
         Returns:
-            `loss/<term>` (per token, before its weight; nats, unless the loss says otherwise),
+            `loss/<term>` (per token that it was counted on, before its weight; nats, unless the loss says otherwise),
             `speed/tokens_per_second` and `speed/teacher_share` (of the wall time of this process),
             `teacher/agreement` (a fraction), `gradient/<term>` where it was measured, and whatever losses noted, per
-            token. Sums are taken over all processes, which must all call this.
+            token, or whatever else was added. Sums are taken over all processes, which must all call this.
         """
         elapsed = max(time.perf_counter() - self._started, 1e-9)
         if not self._sums:
             return {}
         sums = self._reduced()
-        tokens = max(sums.pop("tokens"), 1.0)
-        agreed, measured = sums.pop("agreed", None), sums.pop("measured", 1.0)
-        logs = {name: value / tokens for name, value in sums.items()}
+        tokens = max(sums.pop("tokens", (0.0, 1.0))[0], 1.0)
+        logs = {name: part / whole for name, (part, whole) in sums.items() if whole > 0}
         logs["speed/tokens_per_second"] = tokens / elapsed
         logs["speed/teacher_share"] = min(1.0, self._teacher_time() / elapsed)
-        if agreed is not None and measured > 0:
-            logs["teacher/agreement"] = agreed / measured
         logs |= {f"gradient/{name}": norm for name, norm in self.gradients.items()}
         self._sums, self._teacher_seconds, self._started, self.gradients = {}, 0.0, time.perf_counter(), {}
         return logs
 
-    def _reduced(self) -> dict[str, float]:
+    def _reduced(self) -> dict[str, tuple[float, float]]:
         names = _names_everywhere(self._sums)
-        zero = torch.zeros((), device=self.device)
-        values = torch.stack([self._sums.get(name, zero).reshape(()) for name in names])
+        pairs = [number for name in names for number in self._sums.get(name, (0.0, 0.0))]
+        values = torch.stack(
+            [torch.as_tensor(one, dtype=torch.float32, device=self.device).reshape(()) for one in pairs]
+        )
         if PartialState().num_processes > 1:
             torch.distributed.all_reduce(values)
-        return dict(zip(names, values.tolist(), strict=True))
+        numbers = iter(values.tolist())
+        return dict(zip(names, zip(numbers, numbers, strict=True), strict=True))
 
     def _teacher_time(self) -> float:
         if self._events:

@@ -23,6 +23,7 @@ from hfkd.rows import DenseRows, Head, RowLayout, TopKRows
 from hfkd.signal import DISTRIBUTION, TeacherSignal
 from hfkd.states import state_count, state_width
 from hfkd.support import Tail
+from hfkd.teacher_rows import AlignedRows, SampledRows, TeacherRows
 from hfkd.terms import Term, as_terms, check_terms
 
 logger = logging.getLogger(__name__)
@@ -180,6 +181,7 @@ class Objective(nn.Module):
         layout: RowLayout | None = None,
         measure_agreement: bool = False,
         states: Mapping[int, Tensor] | None = None,
+        own_text: bool = False,
     ) -> LossSum:
         """Sum the terms over all rows.
 
@@ -191,25 +193,33 @@ class Objective(nn.Module):
             layout: Where the rows come from, for losses that compare rows of a sequence or of a position.
             measure_agreement: Whether to count rows with the same likeliest token.
             states: [N, H] the student's states by their number, for losses on states.
+            own_text: Whether the student wrote the text; terms that learn the text itself are then left out.
 
         Raises:
-            ValueError: The rows of student, teacher, targets or weights differ in number.
+            ValueError: The rows of student, teacher, targets or weights differ in number, or no term is left.
             VocabularyError: A target lies outside the vocabulary that both models share.
         """
         asked = measure_agreement or DISTRIBUTION in self.needs
         teacher = signal.rows if signal is not None and asked else None
         _check_rows(student, teacher, targets, weights)
-        layout = replace(layout or RowLayout.single(len(student), targets.device), targets=targets)
+        spans = teacher.span if isinstance(teacher, AlignedRows) else None
+        layout = replace(layout or RowLayout.single(len(student), targets.device), targets=targets, spans=spans)
+        terms = [term for term in self.terms if not (own_text and term.loss.fits_text)]
+        if not terms:
+            raise ValueError(
+                f"The student wrote this text, and the terms {[term.name for term in self.terms]} all learn the text "
+                "itself. Add one that asks the teacher."
+            )
         rows_of_states = None
-        if any(isinstance(term.loss, StateLoss) for term in self.terms):
+        if any(isinstance(term.loss, StateLoss) for term in terms):
             rows_of_states = _state_rows(states, signal, layout, targets)
         head, teacher = _shared_vocabulary(student.head, teacher, targets)
-        run = self._run(head, teacher, targets, weights, layout, measure_agreement)
+        run = self._run(terms, head, teacher, targets, weights, layout, measure_agreement)
         totals, parts = [], {}
         if run.terms:
             total, sums = run.total(DenseRows(student.hidden, head))
             totals, parts = [total], {term.name: part for term, part in zip(run.terms, sums, strict=True)}
-        for term in self.terms:
+        for term in terms:
             if isinstance(term.loss, StateLoss):
                 value = _state_sum(term, rows_of_states, weights)
                 totals.append(term.weight * value)
@@ -217,20 +227,21 @@ class Objective(nn.Module):
         measures = {f"loss/{name}": value for name, value in run.measures.items()}
         if isinstance(teacher, TopKRows):
             measures["teacher/captured_mass"] = teacher.log_probs.float().logsumexp(dim=-1).exp().sum()
-        parts = {term.name: parts[term.name] for term in self.terms}
+        parts = {term.name: parts[term.name] for term in terms}
         return LossSum(torch.stack(totals).sum(), parts, len(student), run.agreed if run.terms else None, measures)
 
     def _run(
         self,
+        terms: Sequence[Term],
         head: Head,
-        teacher: DenseRows | TopKRows | None,
+        teacher: TeacherRows | None,
         targets: Tensor,
         weights: Tensor | None,
         layout: RowLayout,
         measure_agreement: bool,
     ) -> Run:
         """The walk of the terms on tokens."""
-        terms = [term for term in self.terms if not isinstance(term.loss, StateLoss)]
+        terms = [term for term in terms if not isinstance(term.loss, StateLoss)]
         if self.chunk_size is None and self._room is None:
             self._room = rows_that_fit(head.vocab_size, targets.device)  # once, so that a step repeats to the last bit
         if self.compile_losses and self._read is read_block:
@@ -293,15 +304,13 @@ def _state_sum(term: Term, rows: StateRows, weights: Tensor | None) -> Tensor:
     return (values if weights is None else values * weights).sum()
 
 
-def _check_rows(
-    student: DenseRows, teacher: DenseRows | TopKRows | None, targets: Tensor, weights: Tensor | None
-) -> None:
+def _check_rows(student: DenseRows, teacher: TeacherRows | None, targets: Tensor, weights: Tensor | None) -> None:
     counts = {"student": len(student), "targets": targets.shape[0]}
     if teacher is not None:
         counts["teacher"] = len(teacher)
     if weights is not None:
         counts["weights"] = weights.shape[0]
-    if isinstance(teacher, TopKRows) and teacher.ids.shape[-1] > teacher.vocab_size:
+    if isinstance(teacher, TopKRows | SampledRows) and teacher.ids.shape[-1] > teacher.vocab_size:
         raise ValueError(
             f"The teacher's sparse rows list {teacher.ids.shape[-1]} ids each, but its vocabulary has "
             f"{teacher.vocab_size}. Take at most that many."
@@ -313,23 +322,21 @@ def _check_rows(
         )
 
 
-def _shared_vocabulary(
-    head: Head, teacher: DenseRows | TopKRows | None, targets: Tensor
-) -> tuple[Head, DenseRows | TopKRows | None]:
+def _shared_vocabulary(head: Head, teacher: TeacherRows | None, targets: Tensor) -> tuple[Head, TeacherRows | None]:
     """Cut both heads to the ids that both models score: padded vocabularies of one family differ in their tails
     only.
     """
-    if teacher is None or teacher.vocab_size == head.vocab_size:
+    if teacher is None or isinstance(teacher, AlignedRows) or teacher.vocab_size == head.vocab_size:
         return head, teacher
     shared = min(teacher.vocab_size, head.vocab_size)
     highest = int(targets.max()) if targets.numel() else 0
-    if isinstance(teacher, TopKRows) and teacher.ids.numel():
+    if isinstance(teacher, TopKRows | SampledRows) and teacher.ids.numel():
         highest = max(highest, int(teacher.ids.max()))
     if highest >= shared:
         raise VocabularyError(
             f"The token id {highest} is to be learned, but student and teacher share the first {shared} ids only "
             f"(student {head.vocab_size}, teacher {teacher.vocab_size}). Use models with the same tokenizer."
         )
-    if isinstance(teacher, DenseRows):
-        return head.first(shared), DenseRows(teacher.hidden, teacher.head.first(shared))
-    return head.first(shared), replace(teacher, vocab_size=shared)
+    if isinstance(teacher, TopKRows | SampledRows):
+        return head.first(shared), replace(teacher, vocab_size=shared)
+    return head.first(shared), teacher.first(shared)

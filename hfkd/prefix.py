@@ -18,7 +18,7 @@ from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWin
 
 from hfkd.batch import IGNORE, View
 from hfkd.errors import UnsupportedCache
-from hfkd.rows import base_model_of, decode
+from hfkd.rows import base_model_of, decode, input_device
 
 _EXPANDABLE = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
 
@@ -93,8 +93,7 @@ class SharedPrefix:
                 f"on the "
                 "length of the whole row, so a prefix that was run alone differs. Every prompt is run whole instead."
             )
-        device = next(model.parameters()).device
-        ids = torch.tensor([self.ids], dtype=torch.long, device=device)
+        ids = torch.tensor([self.ids], dtype=torch.long, device=input_device(model))
         with torch.no_grad():
             output = decode(model, ids, torch.ones_like(ids), use_cache=True)
         cache = getattr(output, "past_key_values", None)

@@ -54,6 +54,14 @@ def base_model_of(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model()
 
 
+def input_device(model: nn.Module) -> torch.device:
+    """Where a model reads its ids; an offloaded embedding says where it is run."""
+    embeddings = base_model_of(model).get_input_embeddings()
+    if embeddings.weight.device.type != "meta":
+        return embeddings.weight.device
+    return torch.device(embeddings._hf_hook.execution_device)
+
+
 def decode(
     model: nn.Module,
     input_ids: Tensor,
@@ -243,6 +251,16 @@ def _logit_rules(config: Any) -> tuple[float, float | None]:
     return 1.0, soft_cap
 
 
+def product(states: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
+    """`states @ weight.T` in the first rows of a buffer that may be wider in type."""
+    out = buffer[: states.shape[0]]
+    if states.dtype == buffer.dtype:
+        return torch.mm(states, weight.T, out=out)
+    if states.device.type == "cuda":
+        return torch.mm(states, weight.T, out_dtype=buffer.dtype, out=out)  # summed and kept in float32
+    return out.copy_(torch.mm(states, weight.T))
+
+
 @dataclass(frozen=True)
 class DenseRows:
     """Distributions over the whole vocabulary, kept as hidden states: logits are made only when a chunk asks for them.
@@ -263,6 +281,23 @@ class DenseRows:
         """The number V of ids."""
         return self.head.vocab_size
 
+    def first(self, vocab_size: int) -> DenseRows:
+        """The same rows over the first `vocab_size` ids only."""
+        return replace(self, head=self.head.first(vocab_size))
+
+    def detached(self) -> DenseRows:
+        """The same rows outside the graph, the head in the dtype of the hidden states."""
+        states, head = self.hidden.detach(), self.head.detached()
+        return DenseRows(states, replace(head, weight=head.weight.to(states.dtype)))
+
+    def products(self, which: Tensor | slice, buffer: Tensor) -> Tensor:
+        """[c, V] `hidden @ weight.T` of some rows, in the first rows of a buffer that may be wider in type."""
+        return product(self.hidden[which], self.head.weight, buffer)
+
+    def logits(self, which: Tensor | slice, buffer: Tensor) -> Tensor:
+        """[c, V] logits of some rows; the buffer [>= c, V] may be used for them."""
+        return self.head.finish(self.products(which, buffer))
+
 
 @dataclass(frozen=True)
 class TopKRows:
@@ -274,15 +309,23 @@ class TopKRows:
         log_probs: [N, K] log-probabilities (nats) of the whole distribution, not renormalised over K.
         vocab_size: The number V of ids that the distribution was taken over.
         temperature: The temperature that the distribution was taken at.
+        tail: [N] log-probability (nats) of all other ids together; None takes what `log_probs` leave of 1, which
+            rounded ones can't tell exactly.
     """
 
     ids: Tensor
     log_probs: Tensor
     vocab_size: int
     temperature: float = 1.0
+    tail: Tensor | None = None
 
     def __len__(self) -> int:
         return self.ids.shape[0]
+
+    def select(self, which: Tensor | slice) -> TopKRows:
+        """Some of the rows."""
+        tail = None if self.tail is None else self.tail[which]
+        return replace(self, ids=self.ids[which], log_probs=self.log_probs[which], tail=tail)
 
 
 @dataclass(frozen=True)
@@ -293,11 +336,14 @@ class RowLayout:
         sequence: [N] the row of the batch that each token belongs to.
         position: [N] its place among the supervised tokens of that sequence, from 0.
         targets: [N] the ids that the tokens really have; None where nobody asked.
+        spans: [N] the number of the stretch of text that each token belongs to, where the teacher cuts the text into
+            other tokens; else None.
     """
 
     sequence: Tensor
     position: Tensor
     targets: Tensor | None = None
+    spans: Tensor | None = None
 
     def __len__(self) -> int:
         return self.sequence.shape[0]

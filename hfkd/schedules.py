@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-KINDS = ("linear", "cosine", "step")
+KINDS = ("linear", "cosine", "step", "stairs")
 
 
 @dataclass(frozen=True)
@@ -18,20 +18,26 @@ class Schedule:
     """From one number to another.
 
     Args:
-        schedule: `linear` or `cosine` (half a wave) between the two steps, or `step`: `start` before `end_step`, `end`
-            from there on.
+        schedule: `linear` or `cosine` (half a wave) between the two steps; or `step`: `start` before `end_step`, `end`
+            from there on; or `stairs`: as many equal parts, `start` in the first and `start + (end - start) * k /
+            stairs` in the k-th from the second on, so that the last has `end`. With as many stairs as epochs that is
+            PS-KD's weight of the previous epoch's distribution, which has no teacher in the first.
         start: The value up to `start_step`.
         end: The value from `end_step` on.
         start_step: Optimizer steps made when the change begins, >= 0.
         end_step: Optimizer steps made when it is over, > `start_step`; None means the last step of the run (a `step`
             needs a number).
+        stairs: The number of parts, >= 2; for `stairs` alone.
 
     Raises:
-        ValueError: An unknown kind, a value that is no finite number, or an end before the start.
+        ValueError: An unknown kind, a value that is no finite number, an end before the start, or stairs that are
+            missing or that nothing climbs.
 
     Example:
         >>> Schedule("linear", start=1.0, end=0.0, end_step=10).at(5)
         0.5
+        >>> [Schedule("stairs", start=0.0, end=1.0, stairs=4).at(step, total=8) for step in range(8)]
+        [0.0, 0.0, 0.5, 0.5, 0.75, 0.75, 1.0, 1.0]
     """
 
     schedule: str
@@ -39,6 +45,7 @@ class Schedule:
     end: float
     start_step: int = 0
     end_step: int | None = None
+    stairs: int | None = None
 
     def __post_init__(self) -> None:
         """Check by itself; which values make sense is for its owner to say."""
@@ -56,6 +63,21 @@ class Schedule:
                 f"it starts at step {self.start_step} and ends at step {self.end_step}; expected an end after the "
                 "start, and a start at 0 or later"
             )
+        if (self.schedule == "stairs") != (self.stairs is not None):
+            raise ValueError(
+                f"the schedule is {self.schedule!r} with stairs {self.stairs!r}; expected both or neither"
+            )
+        if self.stairs is not None and (type(self.stairs) is not int or self.stairs < 2):
+            raise ValueError(f"it has {self.stairs!r} stairs; expected a whole number of at least 2")
+        if self.stairs is not None and self.end_step is not None:
+            self._check_room(self.end_step - self.start_step)
+
+    def _check_room(self, steps: int) -> None:
+        if steps < self.stairs:
+            raise ValueError(
+                f"it has {self.stairs} stairs for {steps} steps, so some would have none; expected no more stairs "
+                "than steps"
+            )
 
     def at(self, step: int, total: int | None = None) -> float:
         """The value after `step` optimizer steps.
@@ -65,7 +87,8 @@ class Schedule:
             total: Those of the whole run; needed where `end_step` is None.
 
         Raises:
-            ValueError: The end is left to the run, and its length isn't known or is over before the start.
+            ValueError: The end is left to the run, and its length isn't known, is over before the start, or has no
+                room for the stairs.
         """
         end = self.end_step
         if end is None:
@@ -75,7 +98,11 @@ class Schedule:
                     f"{total if total is not None else 'an unknown number of'} steps; give `end_step` a number above "
                     "the start, or a longer run"
                 )
+            if self.stairs is not None:
+                return self._on_stairs(step, total)
             end = max(total - 1, self.start_step + 1)  # the last update is made after total - 1 others
+        if self.stairs is not None:
+            return self._on_stairs(step, end)
         if self.schedule == "step":
             return float(self.end if step >= end else self.start)
         done = min(1.0, max(0.0, (step - self.start_step) / (end - self.start_step)))
@@ -83,17 +110,30 @@ class Schedule:
             done = 0.5 * (1.0 - math.cos(math.pi * done))
         return float(self.start + (self.end - self.start) * done)
 
+    def _on_stairs(self, step: int, end: int) -> float:
+        """The value where the last stair is over after `end` steps."""
+        self._check_room(end - self.start_step)
+        part = (step - self.start_step) * self.stairs // (end - self.start_step) + 1
+        if part >= self.stairs:
+            return float(self.end)
+        return float(self.start if part < 2 else self.start + (self.end - self.start) * part / self.stairs)
+
     def turns(self, total: int) -> list[int]:
         """The steps of a run from 0 to `total - 1` between which the value doesn't begin or cease to be 0: it changes
         in one direction, and only between its two ends.
         """
         end = total - 1 if self.end_step is None else self.end_step
-        steps = (0, self.start_step, self.start_step + 1, end - 1, end, total - 1)
+        steps = [0, self.start_step, self.start_step + 1, end - 1, end, total - 1]
+        if self.stairs is not None:
+            span = (total if self.end_step is None else end) - self.start_step
+            for part in (1, self.stairs - 1):  # the first steps of the second and of the last stair
+                first = self.start_step - (-part * span // self.stairs)
+                steps += [first - 1, first]
         return sorted({step for step in steps if 0 <= step < total})
 
     def describe(self) -> dict[str, Any]:
         """The recipe form."""
-        return asdict(self)
+        return {key: value for key, value in asdict(self).items() if key != "stairs" or value is not None}
 
 
 def constant_or_schedule(value: float | Mapping[str, Any] | Schedule, name: str) -> float | Schedule:
@@ -139,4 +179,5 @@ def in_words(value: float | Mapping[str, Any]) -> str:
     if not isinstance(value, Mapping):
         return f"{value:g}"
     end = "the last step" if value.get("end_step") is None else f"step {value['end_step']}"
-    return f"({value['schedule']}, {value['start']:g} to {value['end']:g} by {end})"
+    kind = value["schedule"] if value.get("stairs") is None else f"{value['stairs']} stairs"
+    return f"({kind}, {value['start']:g} to {value['end']:g} by {end})"

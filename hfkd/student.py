@@ -14,10 +14,10 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from hfkd.batch import Batch
+from hfkd.batch import View
 from hfkd.config import DistillationConfig
 from hfkd.loading import load_causal_lm
-from hfkd.rows import Head, decode
+from hfkd.rows import Head, decode, input_device
 from hfkd.states import nearest_lists
 
 _OWN_NUMBER = ("layer_idx", "layer_id", "layer_number")
@@ -35,16 +35,20 @@ def make_student(model: Any, peft_config: Any, args: DistillationConfig) -> nn.M
 
     Raises:
         ValueError: The model has an adapter already.
+        HeadError: Its output head can't be read; said here, before anything is trained.
     """
     if isinstance(model, str):
         model = load_causal_lm(model, "the student", **{"dtype": torch.float32, **(args.model_init_kwargs or {})})
-    if peft_config is None:
-        return model
-    if hasattr(model, "peft_config"):
-        raise ValueError("The model has an adapter already, and a `peft_config` was passed too. Pass one of the two.")
-    from peft import get_peft_model
+    if peft_config is not None:
+        if hasattr(model, "peft_config"):
+            raise ValueError(
+                "The model has an adapter already, and a `peft_config` was passed too. Pass one of the two."
+            )
+        from peft import get_peft_model
 
-    return get_peft_model(model, peft_config)
+        model = get_peft_model(model, peft_config)
+    Head.of(model)
+    return model
 
 
 def pad_token(tokenizer: PreTrainedTokenizerBase | None) -> int:
@@ -55,24 +59,23 @@ def pad_token(tokenizer: PreTrainedTokenizerBase | None) -> int:
     return next((token for token in ids if token is not None), 0)
 
 
-def check_head(model: nn.Module, batch: Batch, tokens: int = 16) -> None:
+def check_head(model: nn.Module, view: View, tokens: int = 16) -> None:
     """Hold the logits rebuilt from the head against the model's own, on the first tokens of the first row.
 
     Args:
         model: In eval mode.
-        batch: Any batch.
+        view: What it reads.
         tokens: How many tokens to run.
 
     Raises:
         HeadError: They differ.
     """
-    view = batch.student
     length = int(view.attention_mask[0].sum())
     first = int(view.attention_mask[0].long().argmax())
-    ids = view.input_ids[:1, first : first + min(tokens, length)]
+    ids = view.input_ids[:1, first : first + min(tokens, length)].to(input_device(model))
     mask = torch.ones_like(ids)
     hidden = decode(model, ids, mask).last_hidden_state[0]
-    logits = model(input_ids=ids, attention_mask=mask).logits[0]
+    logits = model(input_ids=ids, attention_mask=mask).logits[0].to(hidden.device)
     if bool(torch.isfinite(logits).all()):  # if not, the loss will be no number, and its error says more
         Head.of(model).check(hidden, logits)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hfkd.rows import LOWEST, TopKRows
+from hfkd.teacher_rows import Alignment, SampledRows
 
 SMALLEST_TAIL = math.log(2.0**-24)
 """The log-probability that a sparse teacher's tail has at least, because its float32 log-probabilities can't tell."""
@@ -39,26 +40,39 @@ class TokenChunk:
     Args:
         targets: [n] the ids that the tokens really have.
         student_logits: [n, V] the student's logits.
-        teacher: [n, V] the teacher's logits, its `TopKRows` of n rows, or None for losses that need no teacher.
+        teacher: [n, V] the teacher's logits, its `TopKRows` or `SampledRows` of n rows, or None for losses that need
+            no teacher. With an alignment [n, V'], over the ids of the teacher's own vocabulary.
         tail: What becomes of the mass outside the ids of a sparse teacher.
         hidden: [n, H] the student's last hidden states, for losses with a head of their own; else None.
         group: The number of the group that these rows are, for losses that compare rows; else None.
+        alignment: How the rows lie beside those of a teacher with another vocabulary; None where it has the student's.
+
+    Attributes:
+        aligned: [n] whether the teacher has a row that predicts the same text; None where it has the student's
+            vocabulary, as for the next two.
+        span: [n] the number of the stretch of text that a token belongs to.
+        span_log_probs: [n] the teacher's log-probability (nats) of that stretch.
     """
 
     def __init__(
         self,
         targets: Tensor,
         student_logits: Tensor,
-        teacher: Tensor | TopKRows | None = None,
+        teacher: Tensor | TopKRows | SampledRows | None = None,
         *,
         tail: Tail = "bucket",
         hidden: Tensor | None = None,
         group: int | None = None,
+        alignment: Alignment | None = None,
     ) -> None:
         self.targets, self.hidden, self.group, self.tail = targets, hidden, group, tail
+        self.aligned = self.span = self.span_log_probs = None
+        if alignment is not None:
+            self.aligned, self.span = alignment.aligned, alignment.span
+            self.span_log_probs = alignment.span_log_probs
         self.measures: dict[str, Tensor] = {}
         self._student_logits = wide(student_logits)
-        self._teacher = teacher if isinstance(teacher, TopKRows) or teacher is None else wide(teacher)
+        self._teacher = wide(teacher) if isinstance(teacher, Tensor) else teacher
         self._student: dict[float, Tensor] = {}
         self._pairs: dict[float, tuple[Tensor, Tensor]] = {}
 
@@ -84,6 +98,11 @@ class TokenChunk:
     def sparse(self) -> bool:
         """Whether each row has a support of its own (top-k ids), so that entries of two rows can't be compared."""
         return isinstance(self._teacher, TopKRows)
+
+    @property
+    def sampled(self) -> bool:
+        """Whether the teacher's distribution is known through drawn ids only (see `samples`)."""
+        return isinstance(self._teacher, SampledRows)
 
     @property
     def vocab_size(self) -> int:
@@ -130,11 +149,43 @@ class TokenChunk:
         if temperature not in self._pairs:
             teacher = self._given()
             if isinstance(teacher, TopKRows):
-                pair = self._listed(teacher.ids, self._known(teacher, temperature), temperature)
+                pair = self._listed(teacher, self._known(teacher, temperature), temperature)
             else:
                 pair = self.student_log_probs(temperature), torch.log_softmax(_divided(teacher, temperature), dim=-1)
             self._pairs[temperature] = pair
         return self._pairs[temperature]
+
+    def samples(self, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+        """What is known of a teacher through drawn ids.
+
+        Args:
+            temperature: Divides both models' logits, > 0.
+
+        Returns:
+            The log-probabilities of student and teacher at the drawn ids, and their weights, [n, K] each: the mean of
+            `sum_k weights[k] f(ids[k])` over draws is the teacher's mean of f.
+
+        Raises:
+            ValueError: The rows aren't drawn, or were at another temperature.
+        """
+        if not isinstance(self._teacher, SampledRows):
+            raise ValueError("The teacher's rows aren't drawn ids; read `log_probs`.")
+        known = self._known(self._teacher, temperature)
+        return self.student_log_probs(temperature).gather(-1, self._teacher.ids), known, self._teacher.weights
+
+    def teacher_log_probs(self, temperature: float = 1.0) -> Tensor:
+        """[n, V'] the teacher's distribution over all ids of its own vocabulary, which may not be the student's; rows
+        that aren't `aligned` mean nothing.
+
+        Raises:
+            ValueError: There is no teacher, or it speaks of some ids only.
+        """
+        if not isinstance(self._teacher, Tensor):
+            raise ValueError(
+                "This loss reads the teacher's whole distribution, and its rows have some ids only, or there is none. "
+                "Use a teacher that is a model, or a cache with the codec hidden."
+            )
+        return torch.log_softmax(_divided(self._teacher, temperature), dim=-1)
 
     def top_log_probs(self, count: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Both distributions on the teacher's likeliest ids, the likeliest first, and the rest as one tail entry.
@@ -217,8 +268,10 @@ class TokenChunk:
         return self._places(self.top_ids(count))
 
     def agreement(self) -> Tensor | None:
-        """The number of rows whose likeliest token is the teacher's likeliest, as a scalar; None without a teacher."""
-        if self._teacher is None:
+        """The number of rows whose likeliest token is the teacher's likeliest, as a scalar; None where the teacher's
+        isn't known.
+        """
+        if self._teacher is None or self.sampled or self.aligned is not None:
             return None
         return (self._student_logits.argmax(dim=-1) == self.top_ids(1)[:, 0]).sum()
 
@@ -234,32 +287,44 @@ class TokenChunk:
     # --- inside
 
     def _given(self) -> Tensor | TopKRows:
+        """The teacher's word, where it speaks of the student's ids and says more than drawn ones do."""
         if self._teacher is None:
             raise ValueError(
                 "This loss compares with a teacher, but the teacher gave no distribution. Give one, or use "
                 "cross_entropy."
             )
+        if self.sampled:
+            raise ValueError(
+                "The teacher's rows are drawn ids, which are right on average only for a loss that is linear in the "
+                "teacher's distribution, and this one isn't. Use forward_kl, or a cache with the codec topk or hidden."
+            )
+        if self.aligned is not None:
+            raise ValueError(
+                "The teacher has another vocabulary, and this loss compares probabilities id by id. Use uld or "
+                "span_likelihood, or a teacher of the student's family."
+            )
         return self._teacher
 
-    def _known(self, teacher: TopKRows, temperature: float) -> Tensor:
+    def _known(self, teacher: TopKRows | SampledRows, temperature: float) -> Tensor:
         """[n, K] what a sparse teacher says of its ids."""
         if temperature != teacher.temperature:
             raise ValueError(
-                f"The loss has temperature {temperature}, but the teacher's top-k rows were taken at temperature "
+                f"The loss has temperature {temperature}, but the teacher's rows were taken at temperature "
                 f"{teacher.temperature}: "
                 "they can't be converted, because what is left of the mass is unknown. Use the same temperature for "
                 "both."
             )
         return wide(teacher.log_probs).clamp(min=LOWEST)
 
-    def _listed(self, ids: Tensor, known: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def _listed(self, teacher: TopKRows, known: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """The student on the ids of a sparse teacher, and what that says of them, each with its tail."""
-        logits = _divided(self._student_logits, temperature)
+        logits, ids = _divided(self._student_logits, temperature), teacher.ids
         if ids.shape[-1] == logits.shape[-1]:
             return _cut_to(logits, ids), known  # nothing is left for a tail: rounding must not be taken for mass
         if self.tail == "renormalize":
             return torch.log_softmax(logits.gather(-1, ids), dim=-1), torch.log_softmax(known, dim=-1)
-        return _cut_to(logits, ids), torch.cat([known, _rest(known)[:, None]], dim=-1)
+        rest = _rest(known) if teacher.tail is None else wide(teacher.tail).clamp(min=LOWEST)
+        return _cut_to(logits, ids), torch.cat([known, rest[:, None]], dim=-1)
 
     def _places(self, ids: Tensor) -> Tensor:
         found = ids == self.targets[:, None]

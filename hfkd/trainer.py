@@ -8,12 +8,12 @@ doesn't know how prompts are built or what the terms measure.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from transformers import (
     AutoTokenizer,
     PreTrainedModel,
@@ -26,21 +26,27 @@ from transformers.trainer_utils import EvalLoopOutput
 from hfkd.batch import Batch, predicted
 from hfkd.callbacks import Steps
 from hfkd.checkpoint import load_companions, save_companions
+from hfkd.compatibility import check_devices, check_parts, check_room, check_second_view
 from hfkd.config import DistillationConfig
 from hfkd.data.collate import DistillationCollator
-from hfkd.data.prompts import PromptBuilder, PromptStyle
+from hfkd.data.prompts import PromptStyle
 from hfkd.data.views import DistillationDataset
 from hfkd.data.weights import TokenWeights
 from hfkd.distributed import run_inside, same_everywhere, total_over_processes
 from hfkd.errors import NonFiniteLoss, NothingToLearn
+from hfkd.examples import as_views
 from hfkd.gradients import check_gradients_can_be_told_apart, norms_by_term
 from hfkd.metrics import Meter, per_token
 from hfkd.objective import LossSum, Objective, build_objective
+from hfkd.rollout.base import Rollout
+from hfkd.rollout.buffer import OffPolicyBuffer
+from hfkd.rollout.hf import HFRollout
+from hfkd.rollout.on_policy import Mixture, Writer
 from hfkd.rows import DenseRows, Head, RowLayout, decode, supervised
 from hfkd.signal import STATES, TeacherSignal
 from hfkd.states import recording
 from hfkd.student import check_head, make_student, pad_token
-from hfkd.teachers import LocalTeacher, Teacher, as_teacher, check_embeddings, check_same_tokens, evaluating
+from hfkd.teachers import Teacher, as_teacher, evaluating
 
 
 class DistillationTrainer(Trainer):
@@ -64,6 +70,11 @@ class DistillationTrainer(Trainer):
         student_shots: Numbers of demonstrations in the student's prompt, one drawn anew at each visit.
         token_weights: How much each supervised token counts: a column of the rows, or a function of a row and its
             supervised ids (see `hfkd.data.weights`); None counts all alike.
+        answer: Who writes the text that is learned from: `dataset`; `student` or `teacher`, anew at every step; or
+            shares of them, `{"student": 0.5, "dataset": 0.5}`, of which one is drawn for each step. On the student's
+            own text, terms that learn the text itself (cross-entropy) are left out.
+        rollout: How text is written; None greedily, up to 32 tokens, with transformers.
+        buffer: Keeps what was written, to be learned from again; None keeps nothing.
         callbacks: As in `Trainer`.
         optimizers: As in `Trainer`.
         trainer_kwargs: More arguments of `Trainer`.
@@ -74,6 +85,9 @@ class DistillationTrainer(Trainer):
 
     # The loss is divided by the token count of the whole step, so accumulation must not divide it again.
     loss_is_scaled_for_ga = True
+
+    _eval_sums: list[LossSum] | None = None
+    _heads_checked = False
 
     def __init__(
         self,
@@ -91,34 +105,36 @@ class DistillationTrainer(Trainer):
         demonstrations: Sequence[Mapping[str, Any]] = (),
         student_shots: Sequence[int] = (0,),
         token_weights: TokenWeights | None = None,
+        answer: str | Mapping[str, float] = "dataset",
+        rollout: Rollout | None = None,
+        buffer: OffPolicyBuffer | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         **trainer_kwargs: Any,
     ) -> None:
-        args = args or DistillationConfig(output_dir="trainer_output")
+        args = args or DistillationConfig("trainer_output")
         self.objective = build_objective(objective, args.chunk_size, args.tail, args.compile_losses)
         has_adapter = peft_config is not None or hasattr(model, "peft_config")
         self.teacher = as_teacher(teacher, has_adapter)
-        self._check_combination(has_adapter)
+        mixture = Mixture.of(answer)
+        check_parts(self.objective, self.teacher, mixture, has_adapter)
         if processing_class is None and isinstance(model, str):
             processing_class = AutoTokenizer.from_pretrained(model)
-        self._own_collator = data_collator is not None
-        self._view_settings = {
-            "demonstrations": list(demonstrations),
-            "student_shots": tuple(student_shots),
-            "token_weights": token_weights,
-        }
         self._prompts = prompts or PromptStyle(question="{prompt}", answer="{completion}", separator="\n", stop=())
-        train_dataset = self._views(train_dataset, processing_class, args)
-        if isinstance(eval_dataset, Mapping):
-            eval_dataset = {name: self._views(rows, processing_class, args) for name, rows in eval_dataset.items()}
-        else:
-            eval_dataset = self._views(eval_dataset, processing_class, args)
-        self._check_second_view(train_dataset)
-        model = make_student(model, peft_config, args)
-        Head.of(model)  # a head that can't be read is refused here, before anything is trained
+        self._view_settings = {
+            "args": args,
+            "demonstrations": demonstrations,
+            "student_shots": student_shots,
+            "token_weights": token_weights,
+            "teacher": self.teacher if self.objective.needs else None,
+            "own_collator": data_collator is not None,
+        }
+        written = mixture.writes and not mixture.shares.get("dataset")
+        train_dataset = self._views(train_dataset, processing_class, placeholder=written)
+        eval_dataset = self._views(eval_dataset, processing_class)
+        check_second_view(self.objective, self.teacher, train_dataset)
         super().__init__(
-            model=model,
+            model=make_student(model, peft_config, args),
             args=args,
             data_collator=data_collator or DistillationCollator(pad_token(processing_class)),
             train_dataset=train_dataset,
@@ -128,87 +144,63 @@ class DistillationTrainer(Trainer):
             optimizers=optimizers,
             **trainer_kwargs,
         )
-        self._check_devices()
-        self._prepare_teacher(train_dataset)
+        self._prepare_teacher(train_dataset, eval_dataset)
         self._prepare_objective()
+        self.writer = self._prepare_writer(mixture, rollout, buffer, train_dataset)
         self.meter = Meter(self.args.device)
-        self._eval_sums: list[LossSum] | None = None
-        self._heads_checked = False
 
     # --- before training
 
-    def _check_devices(self) -> None:
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                f"This process sees {self.args.n_gpu} GPUs, and transformers would run them as DataParallel, which "
-                f"can't work here. Start one "
-                "process per GPU with `accelerate launch`, or show one with CUDA_VISIBLE_DEVICES=0."
-            )
+    def _views(self, rows: Any, tokenizer: PreTrainedTokenizerBase | None, placeholder: bool = False) -> Any:
+        """Rows as two views, or several sets of them by name; what is meant for a collator of the user's own as it
+        is.
+        """
+        if isinstance(rows, Mapping):
+            return {name: self._views(some, tokenizer, placeholder) for name, some in rows.items()}
+        return as_views(rows, tokenizer, self._prompts, **self._view_settings, placeholder=placeholder)
 
-    def _check_combination(self, has_adapter: bool) -> None:
-        needs = self.objective.needs
-        if needs and self.teacher is None:
-            raise ValueError(
-                f"The terms {[term.name for term in self.objective.terms]} ask for a teacher's {sorted(needs)}, but "
-                f"there is no teacher. "
-                "Pass `teacher=`, or take `objective='cross_entropy'`."
-            )
-        if self.teacher is not None and not needs <= self.teacher.provides:
-            raise ValueError(
-                f"The terms need {sorted(needs)}, but {type(self.teacher).__name__} provides "
-                f"{sorted(self.teacher.provides)}."
-            )
-        if getattr(self.teacher, "kind", None) == "adapter_off" and not has_adapter:
-            raise ValueError(
-                "SelfTeacher(weights='adapter_off') needs a student with an adapter, and there is none to switch off. "
-                "Pass a `peft_config`, or take weights='frozen_copy' or 'live'."
-            )
-
-    def _views(self, rows: Any, tokenizer: PreTrainedTokenizerBase | None, args: DistillationConfig) -> Any:
-        """Rows as two views; data sets that are ready, or meant for a collator of the user's own, as they are."""
-        if rows is None or isinstance(rows, DistillationDataset) or self._own_collator:
-            return rows
-        if tokenizer is None:
-            raise ValueError(
-                "Rows of text need a tokenizer: pass `processing_class=AutoTokenizer.from_pretrained(...)`."
-            )
-        if isinstance(rows, Dataset) and not hasattr(rows, "column_names"):
-            raise ValueError(
-                f"train_dataset is a {type(rows).__name__}; expected rows with `prompt` and `completion` or "
-                f"`messages` (a list of dicts or "
-                "a datasets.Dataset), a hfkd DistillationDataset, or a `data_collator` of your own beside it."
-            )
-        return DistillationDataset(
-            rows,
-            PromptBuilder(tokenizer, self._prompts),
-            **self._view_settings,
-            teacher_view=self.teacher is not None and bool(self.objective.needs),
-            max_length=args.max_length,
-            teacher_max_length=args.teacher_max_length,
-            too_long=args.too_long,
-            seed=args.data_seed if args.data_seed is not None else args.seed,
-        )
-
-    def _check_second_view(self, dataset: Any) -> None:
-        if not self.objective.needs or not isinstance(dataset, DistillationDataset) or dataset.second_view:
-            return
-        if self.teacher.needs_second_view and getattr(self.teacher, "kind", None) != "frozen_copy":
-            raise ValueError(
-                "The self-teacher reads the same prompt as the student with the same weights: there would be nothing "
-                "to learn. Give it "
-                "demonstrations (`demonstrations=`), or rows with a `privileged_context`."
-            )
-
-    def _prepare_teacher(self, dataset: Any) -> None:
+    def _prepare_teacher(self, dataset: Any, eval_dataset: Any) -> None:
+        check_devices(self.args)
         if self.teacher is None:
             return
         self.teacher.prepare(self.accelerator, self.model)
-        if self.teacher.tokenizer is not None and self.processing_class is not None:
-            check_same_tokens(self.processing_class, self.teacher.tokenizer)
-        if isinstance(self.teacher, LocalTeacher) and self.processing_class is not None and self.objective.needs:
-            check_embeddings(self.processing_class, self.teacher.model)
+        if self.processing_class is not None:
+            self.teacher.check_vocabulary(self.processing_class)
+        if not self.objective.needs:
+            return
         if isinstance(dataset, DistillationDataset):
+            self.teacher.meet(dataset)
             self.teacher.share_prefix(dataset.shared_prefix)
+        several = eval_dataset.values() if isinstance(eval_dataset, Mapping) else [eval_dataset]
+        for known in (one for one in several if isinstance(one, DistillationDataset)):
+            self.teacher.meet(known, training=False)
+
+    def _prepare_writer(
+        self, mixture: Mixture, rollout: Rollout | None, buffer: OffPolicyBuffer | None, dataset: Any
+    ) -> Writer | None:
+        """What writes the text of a step, where it isn't the data set's."""
+        if not mixture.writes:
+            return None
+        if rollout is None:
+            if self.processing_class is None:
+                raise ValueError("Text is to be written, and there is no tokenizer. Pass `processing_class=`.")
+            rollout = HFRollout(self.processing_class)
+        check_room(dataset, rollout.settings)
+        return Writer(
+            mixture,
+            rollout,
+            seed=self.args.seed,
+            student=self._student,
+            teacher=self.teacher.weights,
+            buffer=buffer,
+            pad_id=pad_token(self.processing_class),
+        )
+
+    @contextmanager
+    def _student(self) -> Iterator[nn.Module]:
+        """The student as it is now, in the precision that it is trained in."""
+        with self.accelerator.autocast():
+            yield self.accelerator.unwrap_model(self.model)
 
     def _prepare_objective(self) -> None:
         """Let the losses make what depends on the models' shapes, and tell the teacher which layers to show."""
@@ -230,7 +222,8 @@ class DistillationTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterable, num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | None]:
-        """Take the micro-batches of a step and count its supervised tokens on all processes.
+        """Take the micro-batches of a step, let their text be written anew where that is wanted, and count the
+        supervised tokens on all processes.
 
         Raises:
             NothingToLearn: There is no supervised token in the whole step.
@@ -243,6 +236,10 @@ class DistillationTrainer(Trainer):
                 break
         if not batches:
             return batches, None
+        if self.writer is not None:
+            batches = self.writer.rewrite(batches, self.state.global_step)
+            for name, ratio in self.writer.figures().items():
+                self.meter.add_ratio(name, *ratio)
         tokens = total_over_processes(sum(int(predicted(batch["labels"]).sum()) for batch in batches), device)
         if tokens == 0:
             raise NothingToLearn(
@@ -310,9 +307,9 @@ class DistillationTrainer(Trainer):
         student = DenseRows(supervised(hidden, view.labels), Head.of(module))
         rows = (student, signal, view.targets, batch.token_weights, RowLayout.of(view.labels))
         if self.args.log_gradient_norms and self.model.training and self._will_log():
-            self.meter.gradients = norms_by_term(self.objective, module, rows, states)
+            self.meter.gradients = norms_by_term(self.objective, module, rows, states, batch.own_text)
         measure = self.args.log_agreement and signal is not None and self._will_log()
-        return self.objective(*rows, measure_agreement=measure, states=states)
+        return self.objective(*rows, measure_agreement=measure, states=states, own_text=batch.own_text)
 
     def _will_log(self) -> bool:
         every = max(1, int(getattr(self.state, "logging_steps", 0) or 1))
@@ -322,10 +319,9 @@ class DistillationTrainer(Trainer):
         """Hold the logits rebuilt from each head against the model's own, once, on a few tokens of the first batch."""
         with torch.no_grad():
             with evaluating(module):
-                check_head(module, batch)
-            if self.objective.needs and getattr(self.teacher, "model", None) is not None:
-                with self.teacher.weights() as model:
-                    check_head(model, batch)
+                check_head(module, batch.student)
+            if self.objective.needs:
+                self.teacher.check_heads(lambda model: check_head(model, batch.teacher_view))
 
     def _check_finite(self, result: LossSum) -> None:
         if bool(torch.isfinite(result.total)):
@@ -386,9 +382,8 @@ class DistillationTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Beside the optimizer, in checkpoints only: what the losses learned is no part of the student."""
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save:
-            save_companions(output_dir, self.objective, self.teacher)
+        save_companions(output_dir, self.objective, self.teacher, self.writer, first=self.args.should_save)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        load_companions(resume_from_checkpoint, self.objective, self.teacher)
+        load_companions(resume_from_checkpoint, self.objective, self.teacher, self.writer)

@@ -279,7 +279,7 @@ def test_a_run_that_failed_in_training_says_so(folder: Path, monkeypatch: pytest
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr("hfkd.run.conduct.DistillationTrainer.train", broken)
+    monkeypatch.setattr("hfkd.trainer.DistillationTrainer.train", broken)
     with pytest.raises(RuntimeError, match="out of luck"):
         run("evaluation=null")
     assert json.loads((folder / "out" / "run.json").read_text())["status"] == "failed"

@@ -211,7 +211,10 @@ def test_a_run(folder: Path) -> None:
     assert "Student     3 of the 6 blocks of model, all weights are trained" in words
     record = json.loads(Path("out/run.json").read_text())
     assert record["student"] == {"source": "folder", "kept_layers": [0, 2, 5], "layers_before": 6}
-    assert record["recipe"]["student"]["init"] == {"from": "model", "keep_layers": [0, 2, 5]}
+    assert record["recipe"]["student"]["init"] == {
+        **{"from": "model", "keep_layers": [0, 2, 5]},
+        **{"heads": None, "intermediate": None},
+    }
     assert "3 of the 6 blocks (0, 2, 5; counted from 0) of `model`" in Path("out/README.md").read_text()
     assert AutoModelForCausalLM.from_pretrained("out").config.num_hidden_layers == 3
     before, after = (AutoModelForCausalLM.from_pretrained(name).state_dict() for name in ("model", "out"))
@@ -263,7 +266,7 @@ def test_an_adapter_on_a_cut_student(folder: Path) -> None:
         (["student.init.keep_layers=[]"], "student.init.keep_layers: got []"),
         (
             ["student.init.form=x"],
-            "student.init.form: unknown key; did you mean from? (known here: from, keep_layers)",
+            "student.init.form: unknown key; did you mean from? (known here: from, keep_layers, heads, intermediate)",
         ),
         (["student.init={keep_layers: 3}"], "student.init.from: is required"),
     ],

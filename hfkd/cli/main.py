@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from hfkd.cli.cache import cache
 from hfkd.cli.evaluate import evaluate
 from hfkd.cli.train import train
 
@@ -43,3 +44,4 @@ def root(
 
 app.command()(train)
 app.command()(evaluate)
+app.command()(cache)

@@ -20,10 +20,13 @@ from hfkd.data.sources import DataError, near, read
 
 logger = logging.getLogger(__name__)
 
-CANONICAL = ("prompt", "completion", "messages", "privileged_context", "demonstrations", "answer", "token_weights")
+CANONICAL = (
+    *("prompt", "completion", "messages", "privileged_context", "demonstrations", "answer"),
+    *("token_weights", "teacher"),
+)
 """The columns that a row may have; any other column of a file is left behind."""
 
-_TEXTS = ("prompt", "completion", "answer", "privileged_context")
+_TEXTS = ("prompt", "completion", "answer", "privileged_context", "teacher")
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,8 @@ def load_rows(source: Source, *, require_completion: bool = True) -> Dataset:
 
     Returns:
         A data set with `prompt` and `completion`, or `messages`, and where given `privileged_context`,
-        `demonstrations` and `answer`; `answer` is the stripped completion where there is none.
+        `demonstrations`, `answer`, `token_weights` and `teacher`; `answer` is the stripped completion where there is
+        none.
 
     Raises:
         ValueError: The file, split, task, format or a column doesn't exist, a value is empty or of the wrong kind, or

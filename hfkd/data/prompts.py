@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from hfkd.data.alignment import Placed
 from hfkd.data.chat import ChatTemplate, Piece
 from hfkd.data.messages import (
     Message,
@@ -150,10 +151,7 @@ class PromptBuilder:
         Raises:
             ValueError: The row has no completion, or the chat template isn't prefix-safe.
         """
-        prompt = self.prompt(row)
-        if isinstance(prompt, str):
-            return self._continuation(self._answer(row))
-        return self._continuation(self.chat.split(clean(prompt), completion_messages(row))[1])
+        return self._continuation(self._completion(row))
 
     def encode_turns(
         self, row: Row, demonstrations: Sequence[Row] = (), *, privileged: bool = False
@@ -163,14 +161,34 @@ class PromptBuilder:
         Rows with a completion give the prompt and the completion. Rows with `messages` give all their assistant turns
         where the chat template marks them, else the last one; demonstrations are never supervised.
         """
+        head, rest = self._turns(row, demonstrations, privileged)
+        return [(head, False), *((self._continuation(text), supervised) for text, supervised in rest)]
+
+    def answer_pieces(self, row: Row) -> list[Placed]:
+        """Tokenize what `encode_turns` supervises of a row, and say where in its text each token lies.
+
+        Raises:
+            ValueError: As `encode_turns`; or the tokenizer can't say where its tokens lie.
+        """
+        return [self._placed(text) for text, supervised in self._turns(row)[1] if supervised]
+
+    def _turns(
+        self, row: Row, demonstrations: Sequence[Row] = (), privileged: bool = False
+    ) -> tuple[list[int], list[Piece]]:
+        """The ids of what comes before the first answer, and the texts that follow."""
         if has_messages(row) and self.style.builder is None:
             pieces = self._marked_pieces(row, demonstrations, privileged)
             if pieces is not None:
-                first, *rest = pieces
-                head = (self._plain(first[0]), first[1])
-                return [head, *((self._continuation(text), supervised) for text, supervised in rest)]
-        prompt = self.encode_prompt(row, demonstrations, privileged)
-        return [(prompt, False), (self.encode_completion(row), True)]
+                (before, _), *rest = pieces  # the assistant never speaks first
+                return self._plain(before), rest
+        return self.encode_prompt(row, demonstrations, privileged), [(self._completion(row), True)]
+
+    def _completion(self, row: Row) -> str:
+        """What is written of a row behind its prompt."""
+        prompt = self.prompt(row)
+        if isinstance(prompt, str):
+            return self._answer(row)
+        return self.chat.split(clean(prompt), completion_messages(row))[1]
 
     def with_answer(self, row: Row, text: str) -> dict[str, Any]:
         """Copy a row with a generated text as its completion.
@@ -258,6 +276,14 @@ class PromptBuilder:
             if ids[: len(self._anchor)] == self._anchor:
                 return ids[len(self._anchor) :]
         return self._plain(text)
+
+    def _placed(self, text: str) -> Placed:
+        """`_continuation`, with the place of each token in the text."""
+        if self._anchor:
+            placed = Placed.of(self.tokenizer, self._ANCHOR + text)
+            if placed.ids[: len(self._anchor)] == self._anchor:
+                return placed.behind(len(self._anchor), len(self._ANCHOR))
+        return Placed.of(self.tokenizer, text)
 
     def _count_trailing(self) -> int:
         """How many tokens the tokenizer puts behind any text."""

@@ -17,22 +17,29 @@ import torch
 from torch.utils.data import Dataset
 
 from hfkd.batch import IGNORE
+from hfkd.data.alignment import align, span_column
 from hfkd.data.messages import Row, prompt_key
 from hfkd.data.prompts import PromptBuilder
+from hfkd.data.route import Route, check_route, route_of
 from hfkd.data.tokenize import Encoded, encode, prompt_length
 from hfkd.data.weights import TokenWeights, weights_of
 from hfkd.prefix import common_prefix
 
 
 class Example(TypedDict):
-    """What the collator takes: two views and the place of an example; `teacher` is None where one view is enough, and
-    `token_weights`, one for each token of the student's view, are there where they were asked for.
+    """What the collator takes: two views and the place of an example; `teacher` is None where one view is enough.
+    `token_weights`, one for each token of the student's view, and `route`, the number of the row's teacher, are there
+    where they were asked for; `student_span` and `teacher_span`, the number of each token's span, where the teacher
+    has a tokenizer of its own.
     """
 
     student: Encoded
     teacher: Encoded | None
     index: int
     token_weights: NotRequired[list[float]]
+    route: NotRequired[int]
+    student_span: NotRequired[list[int]]
+    teacher_span: NotRequired[list[int]]
 
 
 @dataclass(frozen=True)
@@ -105,6 +112,9 @@ class DistillationDataset(Dataset):
         whole_text: Learn the whole student view, see `hfkd.data.tokenize.encode`; excludes a second view.
         seed: Of the student's draws.
         token_weights: How much each supervised token counts, see `hfkd.data.weights`; None counts all alike.
+        route: The column that names each row's teacher, and the names that it may hold; None where one teaches all.
+        teacher_builder: Writes and tokenizes for a teacher with a tokenizer of its own; None where it has the
+            student's.
 
     Attributes:
         second_view: Whether the teacher's prompt ever differs from the student's; where it doesn't, `teacher` is None.
@@ -115,7 +125,8 @@ class DistillationDataset(Dataset):
 
     Raises:
         ValueError: No rows, or none left; a view longer than its limit; more shots than demonstrations; a second view
-            together with `whole_text`; a row that can't be written.
+            together with `whole_text`; a row that can't be written, or that names no known teacher; an answer that the
+            teacher's tokenizer or template writes in other words.
     """
 
     def __init__(
@@ -132,17 +143,21 @@ class DistillationDataset(Dataset):
         whole_text: bool = False,
         seed: int = 0,
         token_weights: TokenWeights | None = None,
+        route: Route | None = None,
+        teacher_builder: PromptBuilder | None = None,
     ) -> None:
         _check_settings(rows, student_shots, too_long)
         self.builder, self.demonstrations, self.seed = builder, list(demonstrations), seed
+        self.teacher_builder = teacher_builder
         self.student_shots, self.whole_text, self.teacher_view = tuple(student_shots), whole_text, teacher_view
         self.max_length, self.teacher_max_length = max_length, teacher_max_length or max_length
-        self.too_long, self.token_weights = too_long, token_weights
+        self.too_long, self.token_weights, self.route = too_long, token_weights, check_route(route)
         self.second_view, self.dropped, self.dropped_demonstrations = False, 0, 0
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._rows = rows
         self._kept: list[int] = []
         self._teacher: list[_Stored] = []
+        self._spans: list[tuple[np.ndarray, np.ndarray]] = []
         self.shared_prefix: list[int] = []
         self._read_rows()
 
@@ -163,6 +178,12 @@ class DistillationDataset(Dataset):
         example: Example = {"student": student, "teacher": teacher, "index": index}
         if self.token_weights is not None:
             example["token_weights"] = weights_of(self.token_weights, row, student["labels"], IGNORE)
+        if self.route is not None:
+            example["route"] = route_of(self.route, row)
+        if self._spans:
+            ours, theirs = self._spans[index]
+            example["student_span"] = span_column(ours.tolist(), student["labels"])
+            example["teacher_span"] = span_column(theirs.tolist(), teacher["labels"])
         return example
 
     @property
@@ -235,6 +256,8 @@ class DistillationDataset(Dataset):
             self._teacher = [stored.behind(len(self.shared_prefix)) for stored in self._teacher]
 
     def _read_row(self, number: int, row: Row, weight: Callable[[Row], int], constant: list[np.ndarray]) -> None:
+        if self.route is not None:
+            route_of(self.route, row)  # a fault is found now, not in training
         available = shown_demonstrations(row, self.demonstrations)
         _check_shots(self.student_shots, len(available))
         heaviest = sorted(available, key=weight, reverse=True)[: max(self.student_shots)]
@@ -242,7 +265,7 @@ class DistillationDataset(Dataset):
         fits = self._check_length(len(student["input_ids"]), number, "student", drop=True)
         read = student
         if self.teacher_view:
-            read = encode(self.builder, row, available, privileged=True)
+            read = encode(self.teacher_builder or self.builder, row, available, privileged=True)
             fits = self._check_length(len(read["input_ids"]), number, "teacher", drop=True) and fits
         if not fits:
             self.dropped += 1
@@ -255,8 +278,12 @@ class DistillationDataset(Dataset):
         if not self.teacher_view:
             return
         self._teacher.append(stored)
+        if self.teacher_builder is not None:
+            spans = align(self.builder.answer_pieces(row), self.teacher_builder.answer_pieces(row))
+            self._spans.append(tuple(np.asarray(side, dtype=np.int32) for side in spans))
         several = bool(available) and (len(set(self.student_shots)) > 1 or max(self.student_shots) > 1)
-        self.second_view = self.second_view or several or read["input_ids"] != student["input_ids"]
+        other = several or self.teacher_builder is not None
+        self.second_view = self.second_view or other or read["input_ids"] != student["input_ids"]
 
     def _check_length(self, length: int, number: int, view: str, drop: bool = False) -> bool:
         limit, setting = (

@@ -10,9 +10,11 @@ from hfkd.losses.base import Divergence, TokenLoss
 from hfkd.losses.binary import LogitBinaryKL
 from hfkd.losses.clipped import ClippedKL
 from hfkd.losses.cross_entropy import CrossEntropy
+from hfkd.losses.cross_tokenizer import ULD, SpanLikelihood
 from hfkd.losses.hidden import HiddenCosine, HiddenMSE, NormDirection
 from hfkd.losses.jensen_shannon import JensenShannon
 from hfkd.losses.kl import ForwardKL, ReverseKL
+from hfkd.losses.label_smoothing import AdaptiveLabelSmoothing
 from hfkd.losses.logits import LogitDivergence, LogitMSE, StandardizedKL
 from hfkd.losses.mutual_information import MutualInformation
 from hfkd.losses.normalized_kd import NormalizedKD
@@ -37,6 +39,7 @@ LOSSES: dict[str, type[TokenLoss]] = {
     "balanced_kl": BalancedKL,
     "alpha_beta": AlphaBeta,
     "normalized_kd": NormalizedKD,
+    "adaptive_label_smoothing": AdaptiveLabelSmoothing,
     "clipped_kl": ClippedKL,
     "logit_binary_kl": LogitBinaryKL,
     "logit_mse": LogitMSE,
@@ -44,6 +47,8 @@ LOSSES: dict[str, type[TokenLoss]] = {
     "hinge_ranking": HingeRanking,
     "logistic_ranking": LogisticRanking,
     "span_correlation": SpanCorrelation,
+    "uld": ULD,
+    "span_likelihood": SpanLikelihood,
 }
 
 STATE_LOSSES: dict[str, type[StateLoss]] = {
@@ -57,7 +62,9 @@ STATE_LOSSES: dict[str, type[StateLoss]] = {
 __all__ = [
     "LOSSES",
     "STATE_LOSSES",
+    "ULD",
     "AdaptiveKL",
+    "AdaptiveLabelSmoothing",
     "AlphaBeta",
     "BalancedKL",
     "ClippedKL",
@@ -81,6 +88,7 @@ __all__ = [
     "SkewForwardKL",
     "SkewReverseKL",
     "SpanCorrelation",
+    "SpanLikelihood",
     "StandardizedKL",
     "StateLoss",
     "StateRows",

@@ -47,6 +47,17 @@ class TokenLoss(nn.Module, ABC):
     student's output head.
     """
 
+    fits_text: ClassVar[bool] = False
+    """Whether it learns the token that the text really has. On text that the student wrote itself it is left out: that
+    would teach the student whatever it says already.
+    """
+
+    reads_samples: ClassVar[bool] = False
+    """Whether it can read a teacher that is known through drawn ids only (`TokenChunk.samples`)."""
+
+    reads_other_vocabulary: ClassVar[bool] = False
+    """Whether it can read a teacher that has another vocabulary (`TokenChunk.aligned`)."""
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.key = recipe_key(cls.__name__)

@@ -35,6 +35,8 @@ class CrossEntropy(TokenLoss):
         0.6931
     """
 
+    fits_text = True
+
     def forward(self, chunk: TokenChunk) -> Tensor:
         """Return [n], minus the log-probability of each target."""
         return -chunk.target_log_probs()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hfkd.losses.base import Divergence
 from hfkd.losses.slope import with_slope
+from hfkd.support import TokenChunk
 
 
 def kl(first: Tensor, second: Tensor) -> Tensor:
@@ -26,7 +27,7 @@ class ForwardKL(Divergence):
         temperature: Divides both models' logits, > 0.
         scale_by_temperature_squared: Multiply by temperature ** 2.
     Reads:
-        Both distributions.
+        Both distributions. Of a teacher that is known through drawn ids, an estimate that is right on average.
     Cost:
         O(V) per token.
     Undefined:
@@ -39,6 +40,17 @@ class ForwardKL(Divergence):
         >>> round(ForwardKL().between(student, teacher).item(), 4)
         0.3681
     """
+
+    reads_samples = True
+
+    def compare(self, chunk: TokenChunk) -> Tensor:
+        """Return [n], KL(teacher || student); of a teacher that is known through drawn ids an estimate that is right
+        on average, in value and gradient.
+        """
+        if not chunk.sampled:
+            return super().compare(chunk)
+        student, teacher, weights = chunk.samples(self.temperature)
+        return (weights * (teacher - student)).sum(dim=-1)
 
     def between(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Return [n], KL(teacher || student)."""

@@ -73,6 +73,9 @@ class StateLoss(nn.Module, ABC):
     )
     """The reason, for the error message, where it doesn't."""
 
+    fits_text: ClassVar[bool] = False
+    """As for losses on tokens (`TokenLoss`): it doesn't learn the text itself."""
+
     compares_vectors: ClassVar[bool] = True
     """Whether student and teacher vectors must have the same width."""
 

@@ -14,11 +14,10 @@ import typing
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from hfkd.recipe.schema import Recipe, SourceSection
+from hfkd.recipe.schema import Recipe
 from hfkd.recipe.source import near, shown
+from hfkd.recipe.teachers import OWN_CLASS, answer_faults, second_view_faults, teacher_faults
 
-_OWN_CLASS = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
-_TEACHERS = ("self", "local", "none")
 # Fields of DistillationConfig that have their place in another section.
 _ELSEWHERE = {
     "chunk_size": "loss.chunk_size",
@@ -34,79 +33,20 @@ _ELSEWHERE = {
     "resume_from_checkpoint": "training.run_policy",
 }
 _POLICIES = ("refuse", "resume", "overwrite")
-_MODEL_FIELDS = ("model", "revision", "dtype", "trust_remote_code", "load_kwargs")
 
 
 def find_faults(recipe: Recipe) -> list[str]:
     """Every impossible combination, one line each; also converts numbers that YAML reads as texts in `training`."""
-    checks = (_teacher, _second_view, _loss, _answers, _shots, _evaluation, _names, _training, _hub)
+    checks = (
+        *(teacher_faults, second_view_faults, _loss, answer_faults),
+        *(_columns, _shots, _evaluation, _names, _training, _hub),
+    )
     return [fault for check in checks for fault in check(recipe)]
 
 
 def is_own_class(kind: str) -> bool:
     """Whether a name has the form `package.module:Class`."""
-    return bool(_OWN_CLASS.match(kind))
-
-
-def _teacher(recipe: Recipe) -> Iterator[str]:
-    teacher = recipe.teacher
-    if teacher.kind not in _TEACHERS and not is_own_class(teacher.kind):
-        yield (
-            f"teacher.kind: got {shown(teacher.kind)}; expected {', '.join(_TEACHERS)} or package.module:Class"
-            f"{near(teacher.kind, _TEACHERS)}"
-        )
-        return
-    useless = {
-        "self": (*_MODEL_FIELDS, "options"),
-        "local": ("weights", "options"),
-        "none": (*_MODEL_FIELDS, "weights", "options"),
-    }.get(teacher.kind, (*_MODEL_FIELDS, "weights"))
-    for field in useless:
-        value = getattr(teacher, field)
-        if value != type(teacher).model_fields[field].get_default(call_default_factory=True):
-            got = f"teacher.{field}: got {shown(value)}"
-            yield f"{got}, which a teacher of kind {teacher.kind} doesn't use; {_remedy(field)}"
-    if teacher.kind == "local" and teacher.model is None:
-        yield "teacher.model: is required for a teacher of kind local; give a folder or a hub id, or use kind: self"
-    if teacher.kind == "self" and teacher.weights == "adapter_off" and recipe.student.lora is None:
-        yield (
-            "teacher.weights: adapter_off needs an adapter that can be switched off, and student.lora is not given; "
-            "add student.lora, or use weights: frozen_copy or live"
-        )
-
-
-def _remedy(field: str) -> str:
-    if field == "weights":
-        return "leave it out, or use kind: self"
-    if field == "options":
-        return "leave it out, or use a class of your own (package.module:Class)"
-    return "leave it out, or use kind: local"
-
-
-def _second_view(recipe: Recipe) -> Iterator[str]:
-    """A teacher with the student's weights and the student's prompt has nothing to say; own prompt code is trusted."""
-    data = recipe.data
-    if recipe.teacher.kind != "self" or data.prompt.builder is not None or _may_hold_context(data.train):
-        return
-    if data.demonstrations.count == 0:
-        yield (
-            "teacher.kind: self needs a second prompt, and there is none: data.demonstrations.count is 0 and "
-            "the rows of "
-            f"{data.train.path} have no privileged_context; set data.demonstrations.count, or map a column to "
-            "privileged_context in data.train.columns"
-        )
-    elif min(data.student_shots) == data.demonstrations.count:
-        yield (
-            f"data.student_shots: got {data.student_shots}, as many as the self-teacher reads "
-            f"(data.demonstrations.count is "
-            f"{data.demonstrations.count}), so both would read the same; give the student fewer"
-        )
-
-
-def _may_hold_context(train: SourceSection) -> bool:
-    if "privileged_context" in train.columns:
-        return True
-    return train.format is None and not train.path.startswith("reasoning_gym:")
+    return bool(OWN_CLASS.match(kind))
 
 
 def _loss(recipe: Recipe) -> Iterator[str]:
@@ -188,9 +128,7 @@ def needs_faults(recipe: Recipe, needs: Collection[str]) -> Iterator[str]:
         )
 
 
-def _answers(recipe: Recipe) -> Iterator[str]:
-    if recipe.data.answer == "teacher" and recipe.teacher.kind == "none":
-        yield "data.answer: teacher lets the teacher write the answers, and teacher.kind is none; use answer: dataset"
+def _columns(recipe: Recipe) -> Iterator[str]:
     if "token_weights" in recipe.data.train.columns and recipe.data.token_weights is None:
         column = recipe.data.train.columns["token_weights"]
         yield f"data.train.columns: maps token_weights, but nothing reads it; set data.token_weights to {column!r}"

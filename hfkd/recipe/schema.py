@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, model_validator
 
+from hfkd.recipe.source import near
+
 
 def _no_bool(value: Any) -> Any:
     if isinstance(value, bool):
@@ -47,7 +49,7 @@ def _names_or_one(value: Any) -> Any:
 
 
 def _blocks(value: Any) -> Any:
-    if type(value) is int and value >= 1:
+    if value is None or type(value) is int and value >= 1:
         return value
     numbers = isinstance(value, list) and value and all(type(part) is int and part >= 0 for part in value)
     if numbers and all(before < after for before, after in zip(value, value[1:], strict=False)):
@@ -56,6 +58,26 @@ def _blocks(value: Any) -> Any:
         "expected how many blocks to keep, or their numbers from 0, each larger than the one before, such as [0, 3, 6]"
     )
 
+
+def _answer(value: Any) -> Any:
+    """Who writes the answers: a name, or shares of several; what the names mean is said elsewhere."""
+    if isinstance(value, str) and value in _WRITERS:
+        return value
+    if isinstance(value, dict) and value and set(value) <= set(_WRITERS):
+        numbers = [number for number in value.values() if type(number) in (int, float) and 0 <= number < float("inf")]
+        if len(numbers) == len(value) and sum(numbers) > 0:
+            return value
+    hint = near(value, _WRITERS) if isinstance(value, str) else ""
+    raise ValueError(f"expected {', '.join(_WRITERS)}, or shares of them such as {{student: 0.5, dataset: 0.5}}{hint}")
+
+
+def _moment(value: Any) -> Any:
+    if value == "epoch" or (type(value) is int and value >= 1):
+        return value
+    raise ValueError("expected epoch, or a number of optimizer steps, at least 1")
+
+
+_WRITERS = ("dataset", "teacher", "student")
 
 Count = Annotated[int, Field(strict=True, ge=0)]
 Positive = Annotated[int, Field(strict=True, ge=1)]
@@ -83,10 +105,25 @@ class LoraSection(Section):
 
 
 class InitSection(Section):
-    """A student cut out of a larger model: a copy with these decoder blocks alone; a number spreads them evenly."""
+    """A student cut out of a larger model: a copy with these decoder blocks alone (a number spreads them evenly), with
+    fewer attention heads, or with a narrower MLP.
+    """
 
     source: Text = Field(alias="from")
-    keep_layers: Annotated[int | list[int], BeforeValidator(_blocks)]
+    keep_layers: Annotated[int | list[int] | None, BeforeValidator(_blocks)] = None
+    heads: Positive | None = None
+    intermediate: Positive | None = None
+
+    @model_validator(mode="after")
+    def _something_is_cut(self) -> InitSection:
+        if self.keep_layers is None and self.heads is None and self.intermediate is None:
+            raise ValueError("expected keep_layers, heads or intermediate: what of the model is kept")
+        return self
+
+    @property
+    def narrows(self) -> bool:
+        """Whether blocks are made narrower."""
+        return self.heads is not None or self.intermediate is not None
 
 
 class StudentSection(Section):
@@ -109,7 +146,7 @@ class StudentSection(Section):
         if (self.model is None) == (self.init is None):
             got = "neither" if self.model is None else "both"
             raise ValueError(
-                f"expected model (a whole model) or init (some blocks of one, see keep_layers), got {got}"
+                f"expected model (a whole model) or init (a part of one: keep_layers, heads, intermediate), got {got}"
             )
         return self
 
@@ -125,7 +162,10 @@ class StudentSection(Section):
 
 
 class TeacherSection(Section):
-    """Whose distribution the student learns: its own weights on another prompt, another model, a class, or none."""
+    """Whose distribution the student learns. Which of the keys belong to which `kind` is checked later.
+
+    `cache` is the folder of a cache that `hfkd cache` made with this recipe; the teacher itself isn't loaded then.
+    """
 
     kind: Text
     weights: Literal["adapter_off", "live", "frozen_copy"] = "adapter_off"
@@ -135,7 +175,19 @@ class TeacherSection(Section):
     trust_remote_code: StrictBool = False
     load_kwargs: Options = {}
     reuse_prefix: StrictBool = True
+    decay: Annotated[Number, Field(ge=0, lt=1)] = 0.999
+    interval: Positive = 1
+    every: Annotated[Any, BeforeValidator(_moment)] = "epoch"
+    cache: Text | None = None
+    column: Text | None = None
+    members: dict[Text, MemberSection] = {}
     options: Options = {}
+
+
+class MemberSection(TeacherSection):
+    """One of several teachers, with its share where their distributions are mixed."""
+
+    weight: Annotated[Number, Field(gt=0)] = 1.0
 
 
 class SourceSection(Section):
@@ -187,22 +239,33 @@ class PromptSection(Section):
 
 
 class GenerationSection(Section):
-    """How the teacher writes its answers when `answer: teacher`; temperature 0 is greedy."""
+    """How text is written, by the teacher or by the student; temperature 0 is greedy.
+
+    `buffer_size` texts are kept on each process, and a share `reuse` of the steps learns from them again.
+    """
 
     max_new_tokens: Positive = 32
     temperature: Annotated[Number, Field(ge=0)] = 0.0
     top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0
     batch_size: Positive = 32
+    backend: Literal["transformers", "vllm"] = "transformers"
+    vllm: Options = {}
+    buffer_size: Count = 0
+    reuse: Annotated[Number, Field(ge=0, lt=1)] = 0.0
 
 
 class DataSection(Section):
-    """What both models read. Lengths are in tokens; `student_shots` is drawn anew at each visit of an example."""
+    """What both models read. Lengths are in tokens; `student_shots` is drawn anew at each visit of an example.
+
+    `answer: teacher` has the teacher write all answers once, before training; shares, and `student`, have them written
+    at each step.
+    """
 
     train: SourceSection
     demonstrations: DemonstrationsSection = Field(default_factory=DemonstrationsSection)
     student_shots: Shots = [0]
     prompt: PromptSection = Field(default_factory=PromptSection)
-    answer: Literal["dataset", "teacher"] = "dataset"
+    answer: Annotated[Any, BeforeValidator(_answer)] = "dataset"
     generation: GenerationSection = Field(default_factory=GenerationSection)
     max_length: Positive = 2048
     teacher_max_length: Positive | None = None
@@ -210,6 +273,13 @@ class DataSection(Section):
     whole_text: StrictBool = False
     token_weights: Text | None = None  # a column, or package.module:function
     seed: int = 0
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Who writes the answers of a step in training; what was written before belongs to the data set."""
+        if isinstance(self.answer, dict):
+            return {name: share for name, share in self.answer.items() if share}
+        return {"student" if self.answer == "student" else "dataset": 1.0}
 
 
 class TermSection(BaseModel):
@@ -270,6 +340,9 @@ class HubSection(Section):
     push: StrictBool = False
     repo_id: Text | None = None
     private: StrictBool = True
+
+
+TeacherSection.model_rebuild()
 
 
 class Recipe(Section):

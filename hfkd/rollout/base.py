@@ -5,9 +5,11 @@ Knows no model library and no data set: prompts come in as token ids and complet
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -67,9 +69,16 @@ class Completion:
 
 
 class Rollout(ABC):
-    """Lets a model write behind prompts. One method to fill in."""
+    """Lets a model write behind prompts. One method to fill in.
+
+    Attributes:
+        settings: How completions are drawn, where it has settings.
+        any_model: Whether it writes with whatever model it is handed; False for an engine of its own, which follows
+            one model's weights.
+    """
 
     settings: GenerationSettings
+    any_model: bool = True
 
     @abstractmethod
     def generate(
@@ -91,3 +100,25 @@ class Rollout(ABC):
     ) -> Iterator[tuple[int, Completion]]:
         """Yield `(index of the prompt, completion)` as soon as each is there, in any order; by default at the end."""
         yield from enumerate(self.generate(model, prompts, description))
+
+    @contextmanager
+    def at_step(self, step: int, seed: int = 0) -> Iterator[None]:
+        """Write as at a step of a training: with samples of that step's own, and by the weights as they are by then.
+
+        Inside, `settings.seed` is a function of the settings' own seed, of `seed` and of the step, so the samples
+        change from step to step and a resumed run draws the same ones again.
+
+        Args:
+            step: The step, counted from 0.
+            seed: Of the training.
+        """
+        settings = getattr(self, "settings", None)
+        if not isinstance(settings, GenerationSettings):
+            yield
+            return
+        digest = hashlib.sha256(f"{settings.seed}/{seed}/{step}".encode()).digest()
+        self.settings = replace(settings, seed=int.from_bytes(digest[:7], "little"))
+        try:
+            yield
+        finally:
+            self.settings = settings

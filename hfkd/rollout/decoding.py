@@ -12,12 +12,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LogitsProcessor, PreTrainedTokenizerBase, StoppingCriteria
 
 from hfkd.rollout.base import Completion, GenerationSettings
 
 _SPARE_TOKENS = 4
+
+
+def eos_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that the model or the tokenizer calls the end: chat models often name theirs in one place only."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    declared = base.generation_config.eos_token_id
+    ids = declared if isinstance(declared, list | tuple) else [declared]
+    return list(dict.fromkeys(int(token) for token in [*ids, tokenizer.eos_token_id] if token is not None))
 
 
 class TextEnds:

@@ -29,7 +29,7 @@ from transformers import (
 from hfkd.errors import HeadError, UnsupportedCache
 from hfkd.prefix import SharedPrefix, common_prefix
 from hfkd.rollout.base import Completion, GenerationSettings, Rollout
-from hfkd.rollout.decoding import RowEnds, SeededSampling, TextEnds, draws_for
+from hfkd.rollout.decoding import RowEnds, SeededSampling, TextEnds, draws_for, eos_ids
 
 logger = logging.getLogger(__name__)
 
@@ -182,26 +182,19 @@ def _base_model(model: nn.Module) -> PreTrainedModel:
     return base
 
 
-def _eos_ids(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that the model or the tokenizer calls the end: chat models often name theirs in one place only."""
-    declared = base.generation_config.eos_token_id
-    ids = declared if isinstance(declared, list | tuple) else [declared]
-    return list(dict.fromkeys(int(token) for token in [*ids, tokenizer.eos_token_id] if token is not None))
-
-
 def _generation_config(
     base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: GenerationSettings
 ) -> GenerationConfig:
-    eos_ids = _eos_ids(base, tokenizer)
+    ends = eos_ids(base, tokenizer)
     pad_id = tokenizer.pad_token_id
     if pad_id is None:  # any token will do: it is masked on the left, and cut off on the right
-        pad_id = eos_ids[0] if eos_ids else 0
+        pad_id = ends[0] if ends else 0
     return GenerationConfig(
         max_new_tokens=settings.max_new_tokens,
         do_sample=False,  # samples are drawn by SeededSampling
         num_beams=1,
         use_cache=True,
-        eos_token_id=eos_ids or None,
+        eos_token_id=ends or None,
         pad_token_id=pad_id,
         bos_token_id=tokenizer.bos_token_id,
     )

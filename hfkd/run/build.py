@@ -10,16 +10,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hfkd.compatibility import check_parts
 from hfkd.config import DistillationConfig
 from hfkd.data.load import Source
 from hfkd.data.prompts import PromptBuilder, PromptStyle
 from hfkd.loading import readable
 from hfkd.objective import Objective, build_objective
-from hfkd.recipe.checks import needs_faults, objective_options, term_specs
+from hfkd.recipe.checks import is_own_class, needs_faults, objective_options, term_specs
 from hfkd.recipe.schema import Recipe
 from hfkd.recipe.source import RecipeError
 from hfkd.record import check_output_folder, recipe_fingerprint
 from hfkd.rollout.base import GenerationSettings
+from hfkd.rollout.on_policy import Mixture
 from hfkd.run.models import (
     import_named,
     load_student,
@@ -87,8 +89,9 @@ def build(recipe: Recipe, *, dry: bool = False) -> Run:
         OSError: A file is missing.
     """
     run = _settings(recipe, dry)
-    if recipe.teacher.kind not in ("self", "local", "none"):
-        own_teacher(recipe.teacher.kind)
+    for section in (recipe.teacher, *recipe.teacher.members.values()):
+        if is_own_class(section.kind):
+            own_teacher(section.kind)
     if dry:
         return run
     check_output_folder(run.output_dir, recipe.training.get("run_policy", "refuse"), run.fingerprint)
@@ -96,6 +99,7 @@ def build(recipe: Recipe, *, dry: bool = False) -> Run:
     run.tokenizer = load_tokenizer(recipe.student)
     run.builder = PromptBuilder(run.tokenizer, run.style)
     run.teacher = make_teacher(recipe)
+    check_parts(run.objective, run.teacher, Mixture.of(recipe.data.shares), recipe.student.lora is not None)
     run.model = load_student(recipe, seed=run.config.seed)
     prepare_teacher(recipe, run.teacher, run.model, run.tokenizer)
     return run
@@ -140,12 +144,17 @@ def _settings(recipe: Recipe, dry: bool) -> Run:
         fingerprint=recipe_fingerprint(recipe.resolved()),
         config=make_config(recipe, **({"use_cpu": True} if dry else {})),  # a GPU's recipe can be checked without one
         style=make_style(recipe),
-        generation=GenerationSettings(
-            **recipe.data.generation.model_dump(), stop=tuple(recipe.data.prompt.stop), seed=recipe.data.seed
-        ),
+        generation=make_settings(recipe),
         objective=_make_objective(recipe),
         sources=make_sources(recipe),
     )
+
+
+def make_settings(recipe: Recipe) -> GenerationSettings:
+    """How text is written."""
+    names = {"max_new_tokens", "temperature", "top_p", "batch_size"}
+    kept = recipe.data.generation.model_dump(include=names)
+    return GenerationSettings(**kept, stop=tuple(recipe.data.prompt.stop), seed=recipe.data.seed)
 
 
 def make_style(recipe: Recipe) -> PromptStyle:
@@ -166,6 +175,8 @@ def make_sources(recipe: Recipe) -> dict[str, Source]:
     train = data.train.model_dump()
     if data.demonstrations.column is not None:
         train["columns"] = {**train["columns"], "demonstrations": data.demonstrations.column}
+    if recipe.teacher.column is not None:
+        train["columns"] = {**train["columns"], "teacher": recipe.teacher.column}
     if data.token_weights is not None and ":" not in data.token_weights:
         train["columns"] = {**train["columns"], "token_weights": data.token_weights}
     sources = {"train": Source(**train)}

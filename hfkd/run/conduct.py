@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import logging
-import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,41 +20,41 @@ from accelerate import PartialState
 from rich.console import Console
 
 from hfkd.card import build_card
-from hfkd.data.collate import DistillationCollator
-from hfkd.data.select import visited
-from hfkd.data.views import DistillationDataset, teacher_prompts
-from hfkd.errors import NothingToLearn
+from hfkd.data.views import DistillationDataset
 from hfkd.eval.k_shot import KShotReport
 from hfkd.eval.report import plot_run, write_report
-from hfkd.objective import Objective, build_objective
+from hfkd.objective import build_objective
 from hfkd.recipe.schema import Recipe
 from hfkd.record import (
     RunRecord,
     check_same_data,
     checkpoints,
     clear_output_folder,
-    mask,
     rows_fingerprint,
     safe_command,
 )
-from hfkd.rollout.answers import teacher_answers
-from hfkd.rollout.hf import HFRollout
 from hfkd.run.build import Run, build, make_config
 from hfkd.run.evaluation import ask, movable, plain_results
-from hfkd.run.models import describe_student, load_student, save_base, token_weights
+from hfkd.run.expected import expected_contract
+from hfkd.run.models import describe_student, load_student, save_base
 from hfkd.run.progress import training_bar
 from hfkd.run.rows import Task
+from hfkd.run.texts import (
+    ANSWERS_NAME,
+    answered_rows,
+    fitting,
+    prepare_to_write,
+    unanswered,
+    visited_rows,
+)
+from hfkd.run.training import make_trainer
 from hfkd.run.words import accuracies_line, comparison_tables, plan_lines, summary_lines
-from hfkd.trainer import DistillationTrainer
+from hfkd.teachers import CachedTeacher
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from hfkd.teachers import Teacher
-
 logger = logging.getLogger(__name__)
-
-ANSWERS_NAME = "teacher_answers.jsonl"
 
 
 @dataclasses.dataclass
@@ -128,15 +127,17 @@ class _Conductor:
         run = self.run
         if movable(run.model):
             run.model.to(run.config.device)
-        fitting = self._fitting_rows()
+        fitting_rows = self._fitting_rows()
         with self._clock("evaluation_before"):
             self._evaluate("before", run.model)
         self._evaluate_teacher()
-        rows = self._visited_rows(fitting)
+        rows = visited_rows(run, fitting_rows)
         gold_rows = rows
         if self.recipe.data.answer == "teacher":
             with self._clock("teacher_answers"):
                 rows = self._with_teacher_answers(rows)
+        if "dataset" not in self.recipe.data.shares:
+            rows = unanswered(run, rows)
         trainer = make_trainer(run, rows, run.model, run.teacher, run.objective, run.config)
         self._count_late(trainer.train_dataset)
         self.trains = True
@@ -193,47 +194,20 @@ class _Conductor:
             self.console.print(f"Left out of training: {dataset.dropped} more, too long with the teacher's answer.")
 
     def _fitting_rows(self) -> list[dict[str, Any]]:
-        """The training rows that can be examples, found before anything is run; the choice is made among these.
-
-        A row whose answer is still to be written is measured with a short one.
-        """
-        run = self.run
-        rows = run.train
-        if self.recipe.data.answer == "teacher":
-            rows = [run.builder.with_answer(row, "?") for row in rows]
-        dataset = make_dataset(run, rows, run.teacher, run.objective)
+        """The training rows that can be examples; the choice is made among these."""
+        rows, dataset = fitting(self.run)
         self._count(dataset)
-        return [run.train[number] for number in dataset.kept]
-
-    def _visited_rows(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        config = self.run.config
-        if config.max_steps > 0:
-            examples = (
-                config.max_steps * config.train_batch_size * config.gradient_accumulation_steps * config.world_size
-            )
-        else:
-            examples = math.ceil(config.num_train_epochs * len(rows))
-        return list(visited(rows, examples, config.seed))
+        if isinstance(self.run.teacher, CachedTeacher):
+            self.run.teacher.expected = expected_contract(self.run, dataset)
+            self.run.teacher.prepare(PartialState(), self.run.model)  # another cache is refused before time is spent
+        return rows
 
     def _with_teacher_answers(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The rows with what the prompted teacher wrote; rows that it left empty are taken out and counted."""
-        run = self.run
-        prompts = teacher_prompts(rows, run.builder, fixed_demonstrations(run))
-        rollout = HFRollout(run.tokenizer, run.generation)
-        run.teacher.prepare(PartialState(), run.model)  # the trainer prepares it again, for its own device and plugins
-        path, fingerprint = run.output_dir / ANSWERS_NAME, answers_fingerprint(self.recipe)
-        answers = teacher_answers(rows, prompts, rollout, run.teacher.weights, path, fingerprint)
-        kept = [
-            run.builder.with_answer(row, answer) for row, answer in zip(rows, answers, strict=True) if answer.strip()
-        ]
-        if not kept:
-            raise NothingToLearn(
-                f"the teacher's answers to all {len(rows)} training prompts are empty; look at data.prompt (the "
-                f"stop strings "
-                "end an answer where it begins?) and at data.generation.max_new_tokens"
-            )
-        self.record.data["teacher_answers"] = {"rows": len(kept), "empty": len(rows) - len(kept)}
+        prepare_to_write(self.run)
+        kept = answered_rows(self.run, rows, Path(self.recipe.teacher.cache or self.run.output_dir))
         empty = len(rows) - len(kept)
+        self.record.data["teacher_answers"] = {"rows": len(kept), "empty": empty}
         left_out = f"; {empty} answers were empty and are left out" if empty else ""
         self.console.print(f"The teacher answered {len(kept)} prompts{left_out}.")
         return kept
@@ -249,7 +223,7 @@ class _Conductor:
     def _evaluate_teacher(self) -> None:
         """Another model's own accuracy on the prompt it has in training: one that guesses has nothing to teach."""
         run = self.run
-        if run.evaluation is None or self.recipe.teacher.kind != "local":
+        if run.evaluation is None or self.recipe.teacher.kind != "local" or self.recipe.teacher.cache:
             return
         task = dataclasses.replace(run.evaluation, shots=[min(len(run.demonstrations), max(run.evaluation.shots))])
         with self._clock("evaluation_teacher"), run.teacher.weights() as model:
@@ -324,58 +298,6 @@ class _Conductor:
         start = time.perf_counter()
         yield
         self.record.durations[stage] = round(time.perf_counter() - start, 2)
-
-
-def make_trainer(
-    run: Run,
-    rows: Sequence[dict[str, Any]],
-    model: nn.Module,
-    teacher: Teacher | None,
-    objective: Objective,
-    config: Any,
-) -> DistillationTrainer:
-    """A trainer over these rows, with both views of each example as the recipe says."""
-    return DistillationTrainer(
-        model,
-        teacher,
-        objective,
-        config,
-        train_dataset=make_dataset(run, rows, teacher, objective),
-        processing_class=run.tokenizer,
-        data_collator=DistillationCollator(run.tokenizer.pad_token_id),
-    )
-
-
-def make_dataset(
-    run: Run, rows: Sequence[dict[str, Any]], teacher: Teacher | None, objective: Objective
-) -> DistillationDataset:
-    """Both views of each row, as the recipe says."""
-    data = run.recipe.data
-    return DistillationDataset(
-        rows,
-        run.builder,
-        demonstrations=fixed_demonstrations(run),
-        student_shots=data.student_shots,
-        teacher_view=teacher is not None and bool(objective.needs),
-        max_length=data.max_length,
-        teacher_max_length=data.teacher_max_length,
-        too_long=data.too_long,
-        whole_text=data.whole_text,
-        seed=data.seed,
-        token_weights=token_weights(data.token_weights),
-    )
-
-
-def answers_fingerprint(recipe: Recipe) -> dict[str, Any]:
-    """What decides the teacher's answers besides the prompts: whose weights they are, and how they are loaded."""
-    section = recipe.student if recipe.teacher.kind == "self" else recipe.teacher
-    names = {"kind", "model", "init", "revision", "dtype", "load_kwargs", "options"}
-    return mask(section.model_dump(mode="json", include=names))
-
-
-def fixed_demonstrations(run: Run) -> list[dict[str, Any]]:
-    """The demonstrations that all training prompts share; none where each row brings its own."""
-    return run.demonstrations if run.recipe.data.demonstrations.column is None else []
 
 
 def push(recipe: Recipe, folder: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfkd.named import import_named
-from hfkd.recipe.schema import Recipe, StudentSection, TeacherSection
+from hfkd.recipe.schema import InitSection, Recipe, StudentSection, TeacherSection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -68,7 +68,7 @@ def load_student(recipe: Recipe, seed: int) -> PreTrainedModel:
         settings["attn_implementation"] = student.attn_implementation
     model = load_causal_lm(student.origin, student.origin_key, **{**settings, **student.load_kwargs})
     if student.init is not None:
-        model = _cut(model, student.init.keep_layers)
+        model = _cut(model, student.init)
     if student.lora is None:
         return model
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
@@ -93,13 +93,19 @@ def load_student(recipe: Recipe, seed: int) -> PreTrainedModel:
     return adapted
 
 
-def _cut(model: PreTrainedModel, layers: int | list[int]) -> PreTrainedModel:
+def _cut(model: PreTrainedModel, init: InitSection) -> PreTrainedModel:
+    from hfkd.narrowing import narrow
     from hfkd.student import keep_layers
 
     try:
-        return keep_layers(model, layers)
+        if init.keep_layers is not None:
+            model = keep_layers(model, init.keep_layers)
     except ValueError as error:
         raise ValueError(f"student.init.keep_layers: {error}") from error
+    try:
+        return narrow(model, heads=init.heads, intermediate=init.intermediate) if init.narrows else model
+    except ValueError as error:
+        raise ValueError(f"student.init: {error}") from error
 
 
 def base_folder(recipe: Recipe) -> Path:
@@ -123,13 +129,23 @@ def save_base(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def describe_student(recipe: Recipe, model: PreTrainedModel) -> dict[str, Any]:
-    """Plain data for the run record: where the student is from, and which of its blocks were kept."""
+    """Plain data for the run record: where the student is from, and what of it was kept."""
+    from hfkd.narrowing import narrowed
     from hfkd.student import kept_layers
 
     origin = recipe.student.origin
-    found = kept_layers(model.config) if recipe.student.init is not None else None
-    kept = {} if found is None else {"kept_layers": found[0], "layers_before": found[1]}
-    return {"source": "folder" if Path(origin).exists() else "hub", **kept}
+    described: dict[str, Any] = {"source": "folder" if Path(origin).exists() else "hub"}
+    if recipe.student.init is None:
+        return described
+    if (found := kept_layers(model.config)) is not None:
+        described |= {"kept_layers": found[0], "layers_before": found[1]}
+    if (narrower := narrowed(model.config)) is not None:
+        described["narrowed"] = {
+            name: {"kept": part.kept, "of": part.of, "share_of_weights": [round(share, 4) for share in part.shares]}
+            for name, part in (("heads", narrower.heads), ("intermediate", narrower.intermediate))
+            if part is not None
+        }
+    return described
 
 
 def prepare_teacher(
@@ -152,14 +168,22 @@ def prepare_teacher(
     """
     from accelerate import PartialState
 
-    from hfkd.teachers import LocalTeacher, check_embeddings, check_same_tokens
+    from hfkd.teachers import (
+        CrossTokenizerTeacher,
+        LocalTeacher,
+        SeveralTeachers,
+        check_embeddings,
+        check_same_tokens,
+    )
 
-    if not isinstance(teacher, LocalTeacher):
-        return
-    teacher.tokenizer = load_tokenizer(recipe.teacher)
-    check_same_tokens(tokenizer, teacher.tokenizer)
-    teacher.prepare(PartialState(), student)
-    check_embeddings(tokenizer, teacher.model)
+    members = teacher.teachers if isinstance(teacher, SeveralTeachers) else {"": teacher}
+    sections = recipe.teacher.members if isinstance(teacher, SeveralTeachers) else {"": recipe.teacher}
+    for name, member in members.items():
+        if isinstance(member, LocalTeacher) and not isinstance(member, CrossTokenizerTeacher):
+            member.tokenizer = load_tokenizer(sections[name])
+            check_same_tokens(tokenizer, member.tokenizer)
+            member.prepare(PartialState(), student)
+            check_embeddings(tokenizer, member.model)
 
 
 def make_teacher(recipe: Recipe) -> Teacher | None:
@@ -168,23 +192,34 @@ def make_teacher(recipe: Recipe) -> Teacher | None:
     Raises:
         ValueError: A class of the user's own can't be imported or is no `Teacher`.
     """
-    from hfkd.teachers import LocalTeacher, SelfTeacher
+    from hfkd.teachers import CachedTeacher, MixtureTeacher, RoutedTeacher
 
-    teacher = recipe.teacher
-    if teacher.kind == "none":
+    section = recipe.teacher
+    if section.kind == "none":
         return None
-    if teacher.kind == "self":
-        return SelfTeacher(weights=teacher.weights, reuse_prefix=teacher.reuse_prefix)
-    if teacher.kind == "local":
-        return LocalTeacher(
-            teacher.model,
-            revision=teacher.revision,
-            dtype=teacher.dtype,
-            trust_remote_code=teacher.trust_remote_code,
-            reuse_prefix=teacher.reuse_prefix,
-            load_kwargs=teacher.load_kwargs,
-        )
-    return own_teacher(teacher.kind)(**teacher.options)
+    if section.cache is not None:
+        return CachedTeacher(section.cache, subset=True)  # what the run expects of it is known once its texts are
+    members = {name: _one_teacher(member) for name, member in section.members.items()}
+    if section.kind == "mixture":
+        return MixtureTeacher(members, {name: member.weight for name, member in section.members.items()})
+    return RoutedTeacher(members) if section.kind == "routed" else _one_teacher(section)
+
+
+def _one_teacher(section: TeacherSection) -> Teacher:
+    from hfkd.teachers import CrossTokenizerTeacher, EmaTeacher, LocalTeacher, SelfTeacher, SnapshotTeacher
+
+    prefix = {"reuse_prefix": section.reuse_prefix}
+    if section.kind == "self":
+        return SelfTeacher(weights=section.weights, **prefix)
+    if section.kind == "ema":
+        return EmaTeacher(decay=section.decay, interval=section.interval, **prefix)
+    if section.kind == "snapshot":
+        return SnapshotTeacher(every=section.every, **prefix)
+    if section.kind not in ("local", "cross_tokenizer"):
+        return own_teacher(section.kind)(**section.options)
+    names = ("revision", "dtype", "trust_remote_code", "load_kwargs")
+    made = LocalTeacher if section.kind == "local" else CrossTokenizerTeacher
+    return made(section.model, **{name: getattr(section, name) for name in names}, **prefix)
 
 
 def own_teacher(name: str) -> type[Teacher]:

@@ -78,7 +78,7 @@ def _needs_labels(recipe: Recipe) -> bool:
     data, evaluation = recipe.data, recipe.evaluation
     shown = data.demonstrations.count > 0 and data.demonstrations.path is None
     asked = evaluation is not None and (evaluation.path is None or evaluation.gold_baseline)
-    return data.answer == "dataset" or shown or asked
+    return data.answer == "dataset" or (isinstance(data.answer, dict) and "dataset" in data.shares) or shown or asked
 
 
 def _drawn_demonstrations(recipe: Recipe) -> int:

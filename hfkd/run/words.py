@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from hfkd.narrowing import narrowed
+from hfkd.recipe.schema import TeacherSection
 from hfkd.schedules import in_words
 from hfkd.student import kept_layers
 
@@ -36,8 +38,15 @@ def plan_lines(run: Run) -> list[str]:
 
 
 def _student(run: Run) -> str:
-    kept = kept_layers(run.model.config) if run.recipe.student.init is not None else None
-    return f"{f'{len(kept[0])} of the {kept[1]} blocks of ' if kept else ''}{run.recipe.student.origin}"
+    if run.recipe.student.init is None:
+        return run.recipe.student.origin
+    kept, narrower = kept_layers(run.model.config), narrowed(run.model.config)
+    parts = [] if kept is None else [(len(kept[0]), kept[1], "blocks")]
+    if narrower is not None:
+        named = ((narrower.heads, "heads"), (narrower.intermediate, "neurons of each MLP"))
+        parts += [(part.kept, part.of, name) for part, name in named if part is not None]
+    words = ", ".join(f"{number} of the {of} {name}" for number, of, name in parts)
+    return f"{words} of {run.recipe.student.origin}"
 
 
 def _trained(run: Run) -> str:
@@ -47,17 +56,30 @@ def _trained(run: Run) -> str:
 
 def _teacher(run: Run) -> str:
     teacher, count = run.recipe.teacher, run.recipe.data.demonstrations.count
+    if teacher.kind == "none":
+        return "none: the student learns the answers alone"
     reads = f"it reads {count} demonstrations, the student {_choice(run.recipe.data.student_shots)}"
-    whose = {
+    if teacher.cache is not None:
+        return f"{_whose(teacher)}, as it spoke into the cache {teacher.cache}; {reads}"
+    return f"{_whose(teacher)}; {reads}"
+
+
+def _whose(teacher: TeacherSection) -> str:
+    """Whose weights teach, in words."""
+    if teacher.members:
+        joined = " + ".join(f"{name} ({_whose(member)})" for name, member in teacher.members.items())
+        return f"each row's own of {joined}" if teacher.kind == "routed" else f"the mean of {joined}"
+    every = "each epoch" if teacher.every == "epoch" else f"every {teacher.every} steps"
+    words = {
+        "ema": f"an average of the student's past weights, decay {teacher.decay:g}",
+        "snapshot": f"the student as it was, taken anew {every}",
         "adapter_off": "the student itself with its adapter switched off",
         "frozen_copy": "a frozen copy of the student as it is now",
         "live": "the student itself as it is at each step",
+        "cross_tokenizer": f"{teacher.model}, with its own tokenizer",
     }
-    if teacher.kind == "none":
-        return "none: the student learns the answers alone"
-    if teacher.kind == "self":
-        return f"{whose[teacher.weights]}; {reads}"
-    return f"{teacher.model or teacher.kind}; {reads}"
+    kind = teacher.weights if teacher.kind == "self" else teacher.kind
+    return words.get(kind, teacher.model or kind)
 
 
 def _choice(shots: list[int]) -> str:
@@ -65,11 +87,16 @@ def _choice(shots: list[int]) -> str:
 
 
 def _answers(run: Run) -> str:
-    if run.recipe.data.answer == "dataset":
-        return "those of the data set"
-    temperature = run.recipe.data.generation.temperature
+    data = run.recipe.data
+    temperature = data.generation.temperature
     how = "greedily" if temperature == 0 else f"at temperature {temperature:g}"
-    return f"written by the teacher {how}; the data set's own are not read in training"
+    if data.answer == "teacher":
+        return f"written by the teacher {how}; the data set's own are not read in training"
+    if set(data.shares) == {"dataset"}:
+        return "those of the data set"
+    total = sum(data.shares.values())
+    shares = ", ".join(f"{name} {share / total:.0%}" for name, share in data.shares.items())
+    return f"written {how} at each step: {shares}"
 
 
 def _objective(run: Run) -> str:

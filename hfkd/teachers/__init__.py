@@ -7,8 +7,12 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from hfkd.teachers.base import Teacher, evaluating
+from hfkd.teachers.cached import CachedTeacher
+from hfkd.teachers.cross_tokenizer import CrossTokenizerTeacher
 from hfkd.teachers.local import LocalTeacher, ModelTeacher
+from hfkd.teachers.moving import EmaTeacher, SnapshotTeacher
 from hfkd.teachers.self_teacher import SelfTeacher
+from hfkd.teachers.several import MixtureTeacher, RoutedTeacher, SeveralTeachers
 from hfkd.teachers.vocabulary import check_embeddings, check_same_tokens
 
 
@@ -27,9 +31,16 @@ def as_teacher(teacher: Teacher | PreTrainedModel | str | None, adapter: bool) -
 
 
 __all__ = [
+    "CachedTeacher",
+    "CrossTokenizerTeacher",
+    "EmaTeacher",
     "LocalTeacher",
+    "MixtureTeacher",
     "ModelTeacher",
+    "RoutedTeacher",
     "SelfTeacher",
+    "SeveralTeachers",
+    "SnapshotTeacher",
     "Teacher",
     "as_teacher",
     "check_embeddings",

@@ -6,7 +6,7 @@ A teacher knows no loss and no trainer. A new one is a class with one method, `s
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hfkd.batch import Batch
+from hfkd.data.views import DistillationDataset
 from hfkd.signal import DISTRIBUTION, TeacherSignal
+from hfkd.teachers.vocabulary import check_same_tokens
 
 
 class Teacher(ABC):
@@ -29,6 +31,15 @@ class Teacher(ABC):
 
     tokenizer: PreTrainedTokenizerBase | None = None
     """Its tokenizer where it has one of its own; compared with the student's."""
+
+    other_vocabulary: bool = False
+    """Whether its ids are not the student's, so that only losses made for that can read it."""
+
+    route: tuple[str, tuple[str, ...]] | None = None
+    """The column that names each row's teacher, and the names that it may hold; None where one teacher teaches all."""
+
+    needs_adapter: bool = False
+    """Whether the student must have an adapter."""
 
     def prepare(self, accelerator: Accelerator, student: nn.Module) -> None:
         """Load, freeze and place what is needed.
@@ -78,6 +89,46 @@ class Teacher(ABC):
                 f"{list(layers)}. Take a teacher that is a model in this process (LocalTeacher, SelfTeacher), or "
                 "losses that read distributions."
             )
+
+    def meet(self, dataset: DistillationDataset, training: bool = True) -> None:
+        """Hear of a set of texts before the first step.
+
+        Args:
+            dataset: Its views, tokenized.
+            training: Whether it is the training set, and not one of an evaluation.
+
+        Raises:
+            ValueError: There are texts that this teacher can't speak of.
+        """
+        return None
+
+    def check_vocabulary(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Make sure, once prepared, that it can read what the student's tokenizer writes; knows its own by default.
+
+        Args:
+            tokenizer: The student's.
+
+        Raises:
+            VocabularyError: An id stands for different tokens.
+        """
+        if self.tokenizer is not None and not self.other_vocabulary:
+            check_same_tokens(tokenizer, self.tokenizer)
+
+    def check_heads(self, check: Callable[[PreTrainedModel], None]) -> None:
+        """Let each model be looked at whose output head its rows are read with; there is none by default.
+
+        Args:
+            check: Takes the model and raises what is wrong.
+        """
+        return None
+
+    def after_epoch(self, epoch: float) -> None:
+        """Hear that an epoch ended.
+
+        Args:
+            epoch: Epochs made so far.
+        """
+        return None
 
     def after_step(self, step: int) -> None:
         """Hear that the optimizer changed the student.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,13 +15,14 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hfkd.batch import Batch, View
-from hfkd.errors import UnsupportedCache
+from hfkd.errors import HeadError, UnsupportedCache
 from hfkd.loading import load_causal_lm
 from hfkd.prefix import SharedPrefix
-from hfkd.rows import DenseRows, Head, base_model_of, decode, supervised
+from hfkd.rows import DenseRows, Head, base_model_of, decode, input_device, supervised
 from hfkd.signal import DISTRIBUTION, STATES, TeacherSignal
 from hfkd.states import recording
 from hfkd.teachers.base import Teacher, evaluating
+from hfkd.teachers.vocabulary import check_embeddings
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +40,13 @@ class ModelTeacher(Teacher):
     state_layers: tuple[int, ...] = ()
     """The layers whose states it shows to losses that ask for states."""
 
+    frozen: bool = False
+    """Whether its weights stay what they are."""
+
     def __init__(self, reuse_prefix: bool = True) -> None:
         self.reuse_prefix = reuse_prefix
         self.prefix: SharedPrefix | None = None
+        self._copied: Head | None = None
 
     @abstractmethod
     def weights(self) -> Any:
@@ -59,11 +65,35 @@ class ModelTeacher(Teacher):
         and of the states that were asked for.
         """
         layers = self.state_layers if STATES in needs else ()
+        view, home = batch.teacher_view, batch.student.input_ids.device
         with torch.no_grad(), self.weights() as model:
-            hidden, states, labels = self._run(model, batch.teacher_view, layers)
-            rows = DenseRows(supervised(hidden, labels), Head.of(model))
-        kept = {layer: supervised(state, labels) for layer, state in states.items()}
+            hidden, states, labels = self._run(model, _moved(view, input_device(model)), layers)
+            rows = DenseRows(_rows_at(hidden, labels, home), self.head_at(model, home))
+        kept = {layer: _rows_at(state, labels, home) for layer, state in states.items()}
         return TeacherSignal(rows, kept if STATES in needs else None)
+
+    def head_at(self, model: PreTrainedModel, device: torch.device) -> Head:
+        """The model's output head on a device; one of frozen weights is copied there once.
+
+        Raises:
+            HeadError: It isn't in memory.
+        """
+        head = Head.of(model)
+        if head.weight.device == device:
+            return head
+        if head.weight.device.type == "meta":
+            raise HeadError(
+                "The teacher's output head is offloaded. Keep it on a device: `device_map={..., 'lm_head': 0}`."
+            )
+        if self._copied is None or not self.frozen or self._copied.weight.device != device:
+            bias = None if head.bias is None else head.bias.to(device)
+            self._copied = replace(head, weight=head.weight.to(device), bias=bias)
+        return self._copied
+
+    def check_heads(self, check: Callable[[PreTrainedModel], None]) -> None:
+        """Let the one model be looked at."""
+        with self.weights() as model:
+            check(model)
 
     def _run(
         self, model: PreTrainedModel, view: View, layers: Sequence[int]
@@ -97,6 +127,8 @@ class LocalTeacher(ModelTeacher):
         load_kwargs: More arguments of `from_pretrained`, a `quantization_config` for 4 or 8 bits, say.
         tokenizer: Its tokenizer; loaded beside the weights where `model` is an id. Compared with the student's.
     """
+
+    frozen = True
 
     def __init__(
         self,
@@ -136,6 +168,12 @@ class LocalTeacher(ModelTeacher):
             files = {key: self.load_kwargs[key] for key in ("gguf_file", "subfolder") if key in self.load_kwargs}
             self.tokenizer = AutoTokenizer.from_pretrained(self.name, **shared, **files)
 
+    def check_vocabulary(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Compare the tokens, and make sure that the model can read all of them."""
+        super().check_vocabulary(tokenizer)
+        if not self.other_vocabulary:
+            check_embeddings(tokenizer, self.model)
+
     @contextmanager
     def weights(self) -> Iterator[PreTrainedModel]:
         """The teacher's own model."""
@@ -154,3 +192,14 @@ class LocalTeacher(ModelTeacher):
             "dtype": str(self.dtype if self.model is None else self.model.dtype).removeprefix("torch."),
             "reuse_prefix": self.reuse_prefix,
         }
+
+
+def _moved(view: View, device: torch.device) -> View:
+    if view.input_ids.device == device:
+        return view
+    return View(view.input_ids.to(device), view.attention_mask.to(device), view.labels.to(device))
+
+
+def _rows_at(states: Tensor, labels: Tensor, device: torch.device) -> Tensor:
+    """The supervised rows on the student's device; only they travel."""
+    return supervised(states, labels.to(states.device)).to(device)

@@ -31,8 +31,6 @@ class SelfTeacher(ModelTeacher):
         reuse_prefix: See `ModelTeacher`. With `live` the prefix is run anew after every optimizer step.
     """
 
-    needs_second_view = True
-
     def __init__(
         self, weights: Literal["adapter_off", "live", "frozen_copy"] = "adapter_off", reuse_prefix: bool = True
     ) -> None:
@@ -40,6 +38,9 @@ class SelfTeacher(ModelTeacher):
         if weights not in _KINDS:
             raise ValueError(f"The self-teacher's weights are {weights!r}; expected one of {', '.join(_KINDS)}.")
         self.kind = weights
+        self.frozen, self.needs_adapter = weights != "live", weights == "adapter_off"
+        # A copy of the first weights moves away from the student, which may read the same prompt.
+        self.needs_second_view = weights != "frozen_copy"
         self._model: nn.Module | None = None
 
     def prepare(self, accelerator: Accelerator, student: nn.Module) -> None:

@@ -1,0 +1,145 @@
+"""Do student, teacher, objective, answers and data fit together? Whatever can't work is refused here, before a step.
+
+Reads what the parts say of themselves; it runs no model and changes nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainingArguments
+
+from hfkd.data.views import DistillationDataset
+from hfkd.objective import Objective
+from hfkd.rollout.base import GenerationSettings
+from hfkd.rollout.on_policy import Mixture
+from hfkd.signal import STATES
+from hfkd.teachers import Teacher
+
+
+def check_devices(args: TrainingArguments) -> None:
+    """Refuse several GPUs in one process.
+
+    Raises:
+        ValueError: transformers would run them as DataParallel.
+    """
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"This process sees {args.n_gpu} GPUs, and transformers would run them as DataParallel, which can't work "
+            "here. Start one process per GPU with `accelerate launch`, or show one with CUDA_VISIBLE_DEVICES=0."
+        )
+
+
+def check_parts(objective: Objective, teacher: Teacher | None, mixture: Mixture, has_adapter: bool) -> None:
+    """Compare what can be compared before any text is read.
+
+    Args:
+        objective: Says what its terms need.
+        teacher: Says what it has.
+        mixture: Who writes the text.
+        has_adapter: Whether the student has one.
+
+    Raises:
+        ValueError: They don't fit together.
+    """
+    _check_teacher(objective, teacher, has_adapter)
+    _check_answers(objective, mixture, teacher)
+
+
+def check_second_view(objective: Objective, teacher: Teacher | None, dataset: Any) -> None:
+    """Refuse a teacher with the student's weights and the student's prompt.
+
+    Raises:
+        ValueError: There would be nothing to learn.
+    """
+    if not objective.needs or not isinstance(dataset, DistillationDataset) or dataset.second_view:
+        return
+    if teacher.needs_second_view:
+        raise ValueError(
+            "The self-teacher reads the same prompt as the student with the same weights: there would be nothing to "
+            "learn. Give it demonstrations (`demonstrations=`), or rows with a `privileged_context`."
+        )
+
+
+def check_room(dataset: Any, settings: GenerationSettings) -> None:
+    """Make sure that an answer of the greatest length fits behind every prompt.
+
+    Args:
+        dataset: The training set.
+        settings: Of the text that is to be written.
+
+    Raises:
+        ValueError: A view would be longer than its limit.
+    """
+    if not isinstance(dataset, DistillationDataset):
+        return
+    limits = (
+        ("student", dataset.student_prompts, dataset.max_length, "max_length"),
+        ("teacher", dataset.teacher_prompts, dataset.teacher_max_length, "teacher_max_length"),
+    )
+    for view, prompts, limit, setting in limits:
+        longest = max(map(len, prompts), default=0)
+        if longest + settings.max_new_tokens > limit:
+            raise ValueError(
+                f"The longest prompt of the {view} has {longest} tokens and may be answered with "
+                f"{settings.max_new_tokens} more, above {setting}={limit}. Raise {setting}, lower max_new_tokens, or "
+                "show fewer demonstrations; nothing is cut in silence."
+            )
+
+
+def _check_teacher(objective: Objective, teacher: Teacher | None, has_adapter: bool) -> None:
+    """Compare what the terms ask for with what the teacher has.
+
+    Raises:
+        ValueError: There is no teacher, it lacks something, it has another vocabulary than a term can read, or it
+            needs an adapter that isn't there.
+    """
+    needs = objective.needs
+    if needs and teacher is None:
+        raise ValueError(
+            f"The terms {[term.name for term in objective.terms]} ask for a teacher's {sorted(needs)}, but there is "
+            "no teacher. Pass `teacher=`, or take `objective='cross_entropy'`."
+        )
+    if teacher is None:
+        return
+    if not needs <= teacher.provides:
+        states = " Hidden states are shown by LocalTeacher and SelfTeacher." if STATES in needs else ""
+        kind = type(teacher).__name__
+        raise ValueError(f"The terms need {sorted(needs)}, but {kind} provides {sorted(teacher.provides)}.{states}")
+    if teacher.needs_adapter and not has_adapter:
+        raise ValueError(
+            f"{type(teacher).__name__}(weights='adapter_off') needs a student with an adapter, and there is none to "
+            "switch off. Pass a `peft_config`, or take weights='frozen_copy' or 'live'."
+        )
+    if not teacher.other_vocabulary:
+        return
+    reading = [term for term in objective.terms if term.loss.needs]
+    blind = [term.name for term in reading if not getattr(term.loss, "reads_other_vocabulary", False)]
+    if blind:
+        raise ValueError(
+            f"The teacher has a vocabulary of its own, and the terms {blind} compare probabilities id by id. Use uld "
+            "or span_likelihood, or a teacher of the student's family."
+        )
+
+
+def _check_answers(objective: Objective, mixture: Mixture, teacher: Teacher | None) -> None:
+    """Look whether something can be learned from text that the student writes.
+
+    Raises:
+        ValueError: All terms learn the text itself, or the teacher has no prompt of its own to be asked with.
+    """
+    if not mixture.writes:
+        return
+    if mixture.shares.get("student") and all(term.loss.fits_text for term in objective.terms):
+        raise ValueError(
+            f"The student is to learn from text that it writes itself, and the terms "
+            f"{[term.name for term in objective.terms]} learn the text: it would be taught what it says already. Add "
+            "a term that asks the teacher (reverse_kl), or train on answer='dataset'."
+        )
+    if teacher is None:
+        raise ValueError("Text is to be written while training, and there is no teacher to judge it. Pass `teacher=`.")
+    if teacher.other_vocabulary:
+        raise ValueError(
+            "Text that is written while training can't be given to a teacher with another tokenizer. Use "
+            "answer='dataset', or a teacher of the student's family."
+        )

@@ -1,0 +1,127 @@
+"""Which texts a run teaches: rows that can be examples, those that training visits, and the answers that a teacher
+writes to them. A run and the building of a cache must find the same ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate import PartialState
+
+from hfkd.data.prompts import PromptBuilder
+from hfkd.data.select import visited
+from hfkd.data.views import DistillationDataset, teacher_prompts
+from hfkd.errors import NothingToLearn
+from hfkd.examples import PLACEHOLDER
+from hfkd.objective import Objective
+from hfkd.recipe.schema import Recipe
+from hfkd.record import mask
+from hfkd.rollout.answers import teacher_answers
+from hfkd.rollout.hf import HFRollout
+from hfkd.run.build import Run
+from hfkd.run.models import token_weights
+
+if TYPE_CHECKING:
+    from hfkd.teachers import Teacher
+
+ANSWERS_NAME = "teacher_answers.jsonl"
+
+Rows = list[dict[str, Any]]
+
+
+def make_dataset(
+    run: Run, rows: Sequence[dict[str, Any]], teacher: Teacher | None, objective: Objective
+) -> DistillationDataset:
+    """Both views of each row, as the recipe says."""
+    data = run.recipe.data
+    reads = teacher is not None and bool(objective.needs)
+    other = PromptBuilder(teacher.tokenizer, run.style) if reads and teacher.other_vocabulary else None
+    return DistillationDataset(
+        rows,
+        run.builder,
+        demonstrations=fixed_demonstrations(run),
+        student_shots=data.student_shots,
+        teacher_view=reads,
+        max_length=data.max_length,
+        teacher_max_length=data.teacher_max_length,
+        too_long=data.too_long,
+        whole_text=data.whole_text,
+        seed=data.seed,
+        token_weights=token_weights(data.token_weights),
+        route=teacher.route if reads else None,
+        teacher_builder=other,
+    )
+
+
+def unanswered(run: Run, rows: Sequence[dict[str, Any]]) -> Rows:
+    """The rows with a stand-in for answers that are still to be written, or as they are where their own count."""
+    data = run.recipe.data
+    if data.answer != "teacher" and "dataset" in data.shares:
+        return list(rows)
+    return [run.builder.with_answer(row, PLACEHOLDER) for row in rows]
+
+
+def fixed_demonstrations(run: Run) -> Rows:
+    """The demonstrations that all training prompts share; none where each row brings its own."""
+    return run.demonstrations if run.recipe.data.demonstrations.column is None else []
+
+
+def fitting(run: Run) -> tuple[Rows, DistillationDataset]:
+    """The training rows that can be examples, found before anything is run, and the views that were made to find them.
+
+    A row whose answer is still to be written is measured with a short one.
+    """
+    dataset = make_dataset(run, unanswered(run, run.train), run.teacher, run.objective)
+    return [run.train[number] for number in dataset.kept], dataset
+
+
+def visited_rows(run: Run, rows: Sequence[dict[str, Any]]) -> Rows:
+    """The rows that training visits."""
+    config = run.config
+    if config.max_steps > 0:
+        step = config.train_batch_size * config.gradient_accumulation_steps * config.world_size
+        examples = config.max_steps * step
+    else:
+        examples = math.ceil(config.num_train_epochs * len(rows))
+    return list(visited(rows, examples, config.seed))
+
+
+def answered_rows(run: Run, rows: Rows, folder: Path) -> Rows:
+    """The rows with what the prompted teacher wrote, or had written into the folder before; rows that it left empty
+    are taken out.
+
+    Args:
+        run: Its teacher is asked only if an answer is missing, and must be prepared then.
+        rows: To be answered.
+        folder: Where the answers are kept.
+
+    Raises:
+        NothingToLearn: All answers are empty.
+        ValueError: The folder's answers are of another teacher.
+    """
+    prompts = teacher_prompts(rows, run.builder, fixed_demonstrations(run))
+    rollout = HFRollout(run.tokenizer, run.generation)
+    path, fingerprint = Path(folder) / ANSWERS_NAME, answers_fingerprint(run.recipe)
+    answers = teacher_answers(rows, prompts, rollout, run.teacher.weights, path, fingerprint)
+    kept = [run.builder.with_answer(row, answer) for row, answer in zip(rows, answers, strict=True) if answer.strip()]
+    if not kept:
+        raise NothingToLearn(
+            f"the teacher's answers to all {len(rows)} training prompts are empty; look at data.prompt (the stop "
+            "strings end an answer where it begins?) and at data.generation.max_new_tokens"
+        )
+    return kept
+
+
+def prepare_to_write(run: Run) -> None:
+    """Make the run's teacher ready to answer; a trainer prepares it again, for its own device and plugins."""
+    run.teacher.prepare(PartialState(), run.model)
+
+
+def answers_fingerprint(recipe: Recipe) -> dict[str, Any]:
+    """What decides the teacher's answers besides the prompts: whose weights they are, and how they are loaded."""
+    section = recipe.student if recipe.teacher.kind in ("self", "ema", "snapshot") else recipe.teacher
+    names = {"kind", "model", "init", "revision", "dtype", "load_kwargs", "options"}
+    return mask(section.model_dump(mode="json", include=names))
