@@ -14,7 +14,7 @@ from hfkd.objective import Objective
 from hfkd.rollout.base import GenerationSettings
 from hfkd.rollout.on_policy import Mixture
 from hfkd.signal import STATES
-from hfkd.teachers import Teacher
+from hfkd.teachers import ShadowTeacher, Teacher
 
 
 def check_devices(args: TrainingArguments) -> None:
@@ -58,6 +58,12 @@ def check_second_view(objective: Objective, teacher: Teacher | None, dataset: An
         raise ValueError(
             "The self-teacher reads the same prompt as the student with the same weights: there would be nothing to "
             "learn. Give it demonstrations (`demonstrations=`), or rows with a `privileged_context`."
+        )
+    if isinstance(teacher, ShadowTeacher) and not any(term.loss.fits_text for term in objective.terms):
+        raise ValueError(
+            "The teacher begins as the student and reads the same prompt, and no term learns the text: both would "
+            "stay where they are. Give it demonstrations (`demonstrations=`) or a `privileged_context`, or add "
+            "cross_entropy."
         )
 
 
@@ -108,8 +114,8 @@ def _check_teacher(objective: Objective, teacher: Teacher | None, has_adapter: b
         raise ValueError(f"The terms need {sorted(needs)}, but {kind} provides {sorted(teacher.provides)}.{states}")
     if teacher.needs_adapter and not has_adapter:
         raise ValueError(
-            f"{type(teacher).__name__}(weights='adapter_off') needs a student with an adapter, and there is none to "
-            "switch off. Pass a `peft_config`, or take weights='frozen_copy' or 'live'."
+            "A self-teacher with weights='adapter_off' needs a student with an adapter, and there is none to switch "
+            "off. Pass a `peft_config`, or take weights='frozen_copy' or 'live'."
         )
     if not teacher.other_vocabulary:
         return

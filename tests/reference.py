@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from reference_measures import (
     adaptive_kl,
+    adaptive_label_smoothing,
     alpha_beta,
     balanced_kl,
     clipped_kl,
@@ -29,7 +30,9 @@ from reference_measures import (
     probabilities,
     scaled,
     span_correlation,
+    span_likelihood,
     standardized_kl,
+    uld,
 )
 from torch import Tensor
 
@@ -189,6 +192,7 @@ REFERENCES: dict[str, Callable[..., Tensor]] = {
     "balanced_kl": balanced_kl,
     "alpha_beta": alpha_beta,
     "normalized_kd": normalized_kd,
+    "adaptive_label_smoothing": adaptive_label_smoothing,
     "clipped_kl": clipped_kl,
     "logit_binary_kl": logit_binary_kl,
     "logit_mse": logit_mse,
@@ -196,6 +200,8 @@ REFERENCES: dict[str, Callable[..., Tensor]] = {
     "hinge_ranking": hinge_ranking,
     "logistic_ranking": logistic_ranking,
     "span_correlation": span_correlation,
+    "uld": uld,
+    "span_likelihood": span_likelihood,
 }
 
 

@@ -123,6 +123,23 @@ def normalized_kd(
     return on_target + non_target_weight * scaled(elsewhere, temperature, scale_by_temperature_squared)
 
 
+def adaptive_label_smoothing(
+    student_logits, teacher_logits, targets, cap=0.9, temperature=1.0, scale_by_temperature_squared=True
+) -> Tensor:
+    """Cross-entropy of q to (1 - a) onehot + a p, less the target's entropy; a = 1 - H(q) / log S, at most `cap`.
+
+    Neither a nor the target has a gradient. One entry alone has no entropy and is all there is: 0.
+    """
+    p, q = probabilities(teacher_logits, temperature), probabilities(student_logits, temperature)
+    entries = q.shape[-1]
+    entropy = -weighted_log(q, q).sum(-1)
+    share = (1.0 - entropy / math.log(entries)).clamp(0.0, cap) if entries > 1 else torch.zeros_like(entropy)
+    onehot = torch.nn.functional.one_hot(targets, entries).double()
+    mixed = ((1.0 - share).unsqueeze(-1) * onehot + share.unsqueeze(-1) * p).detach()
+    value = -weighted_log(mixed, q).sum(-1) + weighted_log(mixed, mixed).sum(-1)
+    return scaled(value, temperature, scale_by_temperature_squared)
+
+
 def clipped_kl(
     student_logits,
     teacher_logits,
@@ -257,3 +274,48 @@ def span_correlation(
             cost = ((p[before] * p[row] - q[before] * q[row]) ** 2).sum()
             value = value.index_add(0, torch.tensor([row]), cost[None])
     return scaled(scale * value, temperature, scale_by_temperature_squared)
+
+
+# ------------------------------------------------------------------------------------ other vocabularies, other tokens
+
+
+def uld(
+    student_logits,
+    teacher_logits,
+    targets=None,
+    top=None,
+    temperature=1.0,
+    scale_by_temperature_squared=True,
+) -> Tensor:
+    """The sum of |p_(i) - q_(i)| over sorted probabilities, zeros behind the shorter; or `top` of them and the rest."""
+    sides = []
+    for logits in (teacher_logits, student_logits):
+        ranked = torch.sort(probabilities(logits, temperature), dim=-1, descending=True, stable=True).values
+        if top is not None and top < ranked.shape[-1]:
+            ranked = torch.cat([ranked[:, :top], ranked[:, top:].sum(-1, keepdim=True)], -1)
+        elif top is not None:
+            ranked = torch.nn.functional.pad(ranked, (0, top + 1 - ranked.shape[-1]))
+        sides.append(ranked)
+    size = max(side.shape[-1] for side in sides)
+    p, q = (torch.nn.functional.pad(side, (0, size - side.shape[-1])) for side in sides)
+    return scaled((p - q).abs().sum(-1), temperature, scale_by_temperature_squared)
+
+
+def span_likelihood(student_logits, teacher_logits, targets, power=1.0) -> Tensor:
+    """KL(P || Q) of two coins: P = p(target)^power and Q = q(target)^power. Every token is a span."""
+    return coins(*(yes_and_no(logits, targets, power) for logits in (teacher_logits, student_logits)))
+
+
+def coins(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
+    """KL of two coins, each given as the probabilities of its sides."""
+    return kl(torch.stack(first, -1), torch.stack(second, -1))
+
+
+def yes_and_no(logits: Tensor, targets: Tensor, power: float) -> tuple[Tensor, Tensor]:
+    """P^power and 1 - P^power, P the probability of the target; what remains of 1 is a sum, not a difference."""
+    is_target = torch.nn.functional.one_hot(targets, logits.shape[-1]).bool()
+    chosen = probabilities(logits)[is_target]
+    others = (probabilities(logits) * ~is_target).sum(-1)
+    sure = chosen > 0.5
+    small = -torch.expm1(power * torch.log1p(-torch.where(sure, others, 0.5)))
+    return chosen**power, torch.where(sure, small, 1 - torch.where(sure, 0.5, chosen) ** power)

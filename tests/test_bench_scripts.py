@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import make_model, make_tokenizer
 
 from hfkd.losses import LOSSES, STATE_LOSSES
 
@@ -162,3 +162,41 @@ def test_different_work_is_refused(scripts_on_path: None) -> None:
             check_same_work(ours, theirs, lengths)
     with pytest.raises(SystemExit, match="tokens were written"):
         check_same_work({**ours, "answers": [4, 3]}, None, lengths)
+
+
+def test_cache_prints_its_tables(tmp_path: Path) -> None:
+    """Damage: a codec is dropped from the table, its error is taken from another codec's cache, or an epoch is timed
+    that read something else than the teacher.
+    """
+    make_model(num_hidden_layers=4).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    words = "the quick brown fox jumps over a lazy dog and asks what its past tense is".split()
+    texts = [" ".join(words[place:] + words[:place]) for place in range(12)]
+    (tmp_path / "texts").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    files = ("--model", f"{tmp_path}/model", "--texts", f"{tmp_path}/texts", "--held-out", f"{tmp_path}/texts")
+    sizes = ("--layers", "2", "--rows", "8", "--held-out-rows", "6", "--batch", "4", "--repeats", "1")
+    printed = run("bench_cache.py", *files, *sizes, "--json", f"{tmp_path}/c")
+    report = json.loads((tmp_path / "c").read_text())
+    assert printed.count("wanted at most 1.1") == len(report["epoch"]["targets"]) == 5
+    codecs, dense = report["error"]["codecs"], report["error"]["dense"]["2 blocks"]
+    assert len(codecs) == 18 and all(f"| {name} " in printed for name in codecs)
+    error = {name: found["students"]["2 blocks"]["error"] for name, found in codecs.items()}
+    assert error["topk K=8"] > error["topk K=32"] > error["topk K=128"] > error["hidden float32"]
+    assert error["sampled 12"] > error["sampled 200"] > error["hidden bfloat16"] > error["hidden float32"]
+    assert error["hidden float32"] < 1e-5 < dense
+    for found in codecs.values():
+        one = found["students"]["2 blocks"]
+        assert one["bias"] == pytest.approx(one["cached"] - dense, abs=1e-5)
+    losses = {name: found["loss"][0] for name, found in report["epoch"]["found"].items()}
+    assert losses["hidden float32"] == pytest.approx(losses["teacher in memory"], rel=1e-5)
+    assert all(len(found["seconds"][0]) == 1 for found in report["epoch"]["found"].values())
+
+
+def test_an_evenly_spread_tail(scripts_on_path: None) -> None:
+    """Damage: what is called the distribution of a cache doesn't sum to 1."""
+    from bench_cache_errors import decode_rows
+
+    from hfkd.rows import TopKRows
+
+    rows = TopKRows(torch.tensor([[3, 1]]), torch.tensor([[0.5, 0.2]]).log(), 5, tail=torch.tensor([0.3]).log())
+    torch.testing.assert_close(decode_rows(rows).exp(), torch.tensor([[0.1, 0.2, 0.1, 0.5, 0.1]]))

@@ -13,6 +13,7 @@ from hfkd.errors import VocabularyError
 from hfkd.losses import LOSSES, Divergence, TokenLoss
 from hfkd.objective import Objective, build_objective
 from hfkd.rows import DenseRows, Head, RowLayout, TopKRows
+from hfkd.schedules import Schedule, in_words
 from hfkd.signal import TeacherSignal
 from hfkd.support import TokenChunk
 from hfkd.terms import Term, loss_class
@@ -511,6 +512,11 @@ def test_weights_that_fade_to_nothing_are_refused():
         ({"schedule": "wave", "start": 1.0, "end": 0.0}, "'wave'; expected one of linear, cosine, step"),
         ({"schedule": "linear", "begin": 1.0, "end": 0.0}, "keys schedule, start, end, start_step, end_step"),
         ({"schedule": "cosine", "start": "high", "end": 0.0}, "two finite numbers"),
+        ({"schedule": "stairs", "start": 1.0, "end": 0.5}, "'stairs' with stairs None; expected both or neither"),
+        ({"schedule": "linear", "start": 1.0, "end": 0.5, "stairs": 4}, "'linear' with stairs 4"),
+        ({"schedule": "stairs", "start": 1.0, "end": 0.5, "stairs": 1}, "1 stairs; expected a whole number"),
+        ({"schedule": "stairs", "start": 1.0, "end": 0.5, "stairs": 2.5}, "2.5 stairs"),
+        ({"schedule": "stairs", "start": 1.0, "end": 0.5, "stairs": 9, "end_step": 8}, "9 stairs for 8 steps"),
     ],
 )
 def test_a_schedule_that_cannot_be_is_refused_by_the_name_of_its_term(schedule, words):
@@ -525,3 +531,51 @@ def test_a_temperature_that_falls_to_zero_is_refused():
     """Prevents a division by zero at the last step of a run."""
     with pytest.raises(ValueError, match="forward_kl: temperature is .*expected a number above 0"):
         Objective([{"kind": "forward_kl", "temperature": {"schedule": "linear", "start": 2.0, "end": 0.0}}])
+
+
+def test_stairs_are_equal_and_the_last_has_the_end():
+    """Prevents a weight of the previous epoch that is a step too early or never as large as it was asked to be."""
+    climbing = Schedule("stairs", start=0.0, end=0.8, stairs=5)
+    seen = [climbing.at(step, total=20) for step in range(20)]
+    assert seen == pytest.approx([0.0] * 4 + [0.32] * 4 + [0.48] * 4 + [0.64] * 4 + [0.8] * 4)
+    falling = Schedule("stairs", start=1.0, end=0.2, stairs=5)
+    assert [falling.at(step, total=20) for step in range(20)] == pytest.approx([1 - share for share in seen])
+    later = Schedule("stairs", start=0.0, end=1.0, stairs=2, start_step=2, end_step=6)
+    assert [later.at(step) for step in range(8)] == [0.0] * 4 + [1.0] * 4
+    uneven = [climbing.at(step, total=7) for step in range(7)]
+    assert uneven == pytest.approx([0.0, 0.0, 0.32, 0.48, 0.48, 0.64, 0.8])
+    with pytest.raises(ValueError, match="5 stairs for 4 steps"):
+        climbing.at(0, total=4)
+    with pytest.raises(ValueError, match="an unknown number of steps"):
+        climbing.at(0)
+
+
+@pytest.mark.parametrize("total", [5, 6, 7, 12, 20, 101])
+@pytest.mark.parametrize(("start_step", "end_step"), [(0, None), (0, 5), (3, 19)])
+@pytest.mark.parametrize("stairs", [2, 3, 5])
+def test_a_staircase_turns_where_it_says(total, start_step, end_step, stairs):
+    """Prevents a step without anything to learn from that the look before training leaves out."""
+    for ends in ((0.0, 1.0), (1.0, 0.0), (0.2, 0.8)):
+        schedule = Schedule("stairs", *ends, start_step=start_step, end_step=end_step, stairs=stairs)
+        seen = [schedule.at(step, total) == 0 for step in range(total)]
+        changes = {step for step in range(1, total) if seen[step] != seen[step - 1]}
+        turns = set(schedule.turns(total))
+        assert changes <= turns and {step - 1 for step in changes} <= turns and {0, total - 1} <= turns
+
+
+def test_a_staircase_that_begins_with_nothing_needs_company():
+    """Prevents a first epoch in which nothing is learned."""
+    climb = {"schedule": "stairs", "stairs": 3, "start": 0.0, "end": 1.0}
+    with pytest.raises(ValueError, match=r"At step 1 of 9: The weights are \[0.0\]"):
+        Objective([{"kind": "forward_kl", "weight": climb}]).check_schedules(9)
+    both = Objective([{"kind": "forward_kl", "weight": climb}, {"kind": "cross_entropy", "weight": 0.1}])
+    both.check_schedules(9)
+    assert both.describe()[0]["weight"] == {**climb, "start_step": 0, "end_step": None}
+    plain = Schedule("linear", 1.0, 0.0).describe()
+    assert "stairs" not in plain and Schedule(**plain) == Schedule("linear", 1.0, 0.0)
+
+
+def test_a_staircase_is_said_in_words():
+    """Prevents a card on which a growing weight reads like a constant one."""
+    words = in_words(Schedule("stairs", start=0.0, end=0.8, stairs=5).describe())
+    assert words == "(5 stairs, 0 to 0.8 by the last step)"

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 
 from hfkd.cache.code import Reading
 from hfkd.cache.codecs import make_codec
@@ -139,8 +139,7 @@ class CacheReader:
 
     def _head(self, device: torch.device) -> Head:
         facts = self.manifest.facts["head"]
-        with safe_open(self.folder / HEAD_NAME, "pt", device=str(device)) as stored:
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        tensors = {name: tensor.to(device) for name, tensor in load_file(self.folder / HEAD_NAME).items()}
         return Head(tensors["weight"], tensors.get("bias"), facts["scale"], facts["soft_cap"])
 
 

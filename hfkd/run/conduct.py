@@ -20,6 +20,7 @@ from accelerate import PartialState
 from rich.console import Console
 
 from hfkd.card import build_card
+from hfkd.compatibility import check_second_view
 from hfkd.data.views import DistillationDataset
 from hfkd.eval.k_shot import KShotReport
 from hfkd.eval.report import plot_run, write_report
@@ -197,6 +198,7 @@ class _Conductor:
         """The training rows that can be examples; the choice is made among these."""
         rows, dataset = fitting(self.run)
         self._count(dataset)
+        check_second_view(self.run.objective, self.run.teacher, dataset)
         if isinstance(self.run.teacher, CachedTeacher):
             self.run.teacher.expected = expected_contract(self.run, dataset)
             self.run.teacher.prepare(PartialState(), self.run.model)  # another cache is refused before time is spent

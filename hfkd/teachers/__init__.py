@@ -10,7 +10,7 @@ from hfkd.teachers.base import Teacher, evaluating
 from hfkd.teachers.cached import CachedTeacher
 from hfkd.teachers.cross_tokenizer import CrossTokenizerTeacher
 from hfkd.teachers.local import LocalTeacher, ModelTeacher
-from hfkd.teachers.moving import EmaTeacher, SnapshotTeacher
+from hfkd.teachers.moving import EmaTeacher, ShadowTeacher, SnapshotTeacher
 from hfkd.teachers.self_teacher import SelfTeacher
 from hfkd.teachers.several import MixtureTeacher, RoutedTeacher, SeveralTeachers
 from hfkd.teachers.vocabulary import check_embeddings, check_same_tokens
@@ -40,6 +40,7 @@ __all__ = [
     "RoutedTeacher",
     "SelfTeacher",
     "SeveralTeachers",
+    "ShadowTeacher",
     "SnapshotTeacher",
     "Teacher",
     "as_teacher",

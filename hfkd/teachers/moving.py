@@ -7,7 +7,7 @@ one, or the student's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
@@ -75,12 +75,10 @@ class ShadowTeacher(ModelTeacher):
         own = [parameter.data for parameter in parameters]
         with evaluating(self._model):
             try:
-                for parameter, shadow in zip(parameters, self._shadow.values(), strict=True):
-                    parameter.data = shadow.to(parameter.device, parameter.dtype)
+                _put(parameters, self._shadow.values())
                 yield self._model
             finally:
-                for parameter, data in zip(parameters, own, strict=True):
-                    parameter.data = data
+                _put(parameters, own)
 
     def head_at(self, model: PreTrainedModel, device: torch.device) -> Head:
         """The output head that is in force, which stays the teacher's when the student's weights are back."""
@@ -120,13 +118,16 @@ class ShadowTeacher(ModelTeacher):
 
     def _follow(self, decay: float) -> None:
         """shadow = decay * shadow + (1 - decay) * student."""
-        student = [parameter.detach() for parameter in self._parameters()]
         shadow = list(self._shadow.values())
+        student = [
+            parameter.detach().to(kept.device, kept.dtype)
+            for parameter, kept in zip(self._parameters(), shadow, strict=True)
+        ]
         with torch.no_grad():
             if decay == 0:
                 torch._foreach_copy_(shadow, student)
             else:
-                torch._foreach_lerp_(shadow, [_wide(one) for one in student], 1 - decay)
+                torch._foreach_lerp_(shadow, student, 1 - decay)
         self.changes += 1
         self._forget_prefix()
 
@@ -232,6 +233,15 @@ class SnapshotTeacher(ShadowTeacher):
     def describe(self) -> dict[str, Any]:
         """When it is renewed."""
         return {"kind": "snapshot", "every": self.every, **super().describe()}
+
+
+def _put(parameters: Iterable[nn.Parameter], values: Iterable[Tensor]) -> None:
+    """Give parameters other values. Autocast keeps casts of parameters by their identity: it must forget those of the
+    values that they had.
+    """
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.data = value.to(parameter.device, parameter.dtype)
+    torch.clear_autocast_cache()
 
 
 def _wide(values: Tensor) -> Tensor:

@@ -42,6 +42,7 @@ ARGUMENTS: dict[str, list[dict[str, Any]]] = {
         for a, b in [(1.0, 0.0), (0.0, 1.0), (0.5, 0.5), (1.0, 1.0), (0.2, 0.7)]
     ],
     "normalized_kd": [{}, {"non_target_weight": 0.4}],
+    "adaptive_label_smoothing": [{}, {"cap": 0.3}, {"cap": 1.0}],
     "clipped_kl": [
         {},
         {"quantiles": [0.0, 1.0]},
@@ -54,13 +55,15 @@ ARGUMENTS: dict[str, list[dict[str, Any]]] = {
     "hinge_ranking": [{}, {"top": 4, "margin": 0.3}],
     "logistic_ranking": [{}, {"top": 4}],
     "span_correlation": [{"spans": GROUP}, {"spans": 3, "scale": 10.0}],
+    "uld": [{}, {"top": 4}],
+    "span_likelihood": [{}, {"power": 0.5}],
 }
 """Constructor arguments that the battery goes through; defaults alone for a loss that is not here."""
 
 NOT_IN_THE_REFERENCE = ("alone", "group_size", "mode", "spans", "rank")
 """Arguments that choose rows or permit something, and so are no part of a definition."""
 
-DETACHED = ("adaptive_kl", "balanced_kl")
+DETACHED = ("adaptive_kl", "balanced_kl", "adaptive_label_smoothing")
 """A weight that depends on the student has no gradient by definition, so finite differences see another function."""
 
 LISTED = ("logit_binary_kl", "logit_mse", "standardized_kl", "hinge_ranking", "logistic_ranking")

@@ -85,7 +85,7 @@ def test_gradient_equals_finite_differences(kind, arguments):
     assert torch.autograd.gradcheck(value, (logits,), eps=1e-6, atol=1e-6, rtol=1e-5)
 
 
-READS_MORE = ("normalized_kd",)
+READS_MORE = ("span_likelihood", "normalized_kd",)
 """It reads the target, so its one method is `compare`; the test of the whole loss is the one that counts."""
 
 
@@ -136,7 +136,8 @@ def test_temperature_squared_scales_value_and_gradient_alike(kind, arguments):
         student, teacher, targets = logits_case()
         hot = torch.full((ROWS, VOCABULARY), 5.0)
         one, two = (LOSSES[kind](**arguments)(TokenChunk.from_logits(targets, student, t)) for t in (teacher, hot))
-        assert torch.equal(one, two), "a loss without a temperature compares with no teacher"
+        compares = issubclass(LOSSES[kind], Divergence)  # with something else that a temperature doesn't fit
+        assert compares or torch.equal(one, two), "a loss without a temperature compares with no teacher"
         return
     results = []
     for scale in (True, False):

@@ -43,12 +43,18 @@ def standardized(values: tuple[float, ...]) -> tuple[float, ...]:
     return tuple(value / sum(raised) for value in raised)
 
 
+SHARE = 1 - entropy(STUDENT) / math.log(5)
+SMOOTHED = tuple(SHARE * p + (1 - SHARE) * (place == 4) for place, p in enumerate(TEACHER))
 BALANCE = 1 / (1 + math.exp(entropy(STUDENT) - entropy(TEACHER)))
 RATIOS = [math.log(q / p) for p, q in zip(TEACHER, STUDENT, strict=True)]
 # The teacher's order is the order in which the five are written, so a pair's first is what it prefers.
 MARGINS = [math.log(first / second) for first, second in itertools.combinations(STUDENT, 2)]
 
 BY_HAND = [
+    # sorted: .45 .25 .15 .10 .05 and .30 .25 .20 .20 .05
+    ("uld", {}, 0.30),
+    # of the last: .05 ln(.05/.20) + .95 ln(.95/.80) = -.069315 + .163258
+    ("span_likelihood", {}, 0.093943),
     # .45 ln(.45/.25) + .25 ln(.25/.30) + .15 ln(.15/.20) + .10 ln(.10/.05) + .05 ln(.05/.20)
     # = .264504 - .045580 - .043152 + .069315 - .069315
     ("forward_kl", {}, 0.175771),
@@ -76,6 +82,8 @@ BY_HAND = [
         0.05 * math.log(5)
         - 1.5 * sum(p / 0.95 * math.log(q / 0.80) for p, q in zip(TEACHER[:4], STUDENT[:4], strict=True)),
     ),
+    # the share is 1 - 1.501327 / ln 5 = .0672; the rest of the mass lies on the last, which is the text's token
+    ("adaptive_label_smoothing", {}, by_hand(SMOOTHED, STUDENT)),
     # the middles of the teacher's mass lie at .225, .575, ...: the first and the target are kept, .45 + .05 of p and
     # .25 + .20 of q: .9 ln(.9 / .5556) + .1 ln(.1 / .4444)
     ("clipped_kl", {"quantiles": [0.0, 0.5], "minimum_mass": 0.4}, 0.285018),
