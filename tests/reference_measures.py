@@ -287,7 +287,7 @@ def uld(
     temperature=1.0,
     scale_by_temperature_squared=True,
 ) -> Tensor:
-    """The sum of |p_(i) - q_(i)| over sorted probabilities, zeros behind the shorter; or `top` of them and the rest."""
+    """The sum of |p_(i) - q_(i)| over sorted probabilities, zeros behind the shorter; `top` of them and the rest."""
     sides = []
     for logits in (teacher_logits, student_logits):
         ranked = torch.sort(probabilities(logits, temperature), dim=-1, descending=True, stable=True).values

@@ -285,6 +285,9 @@ def test_each_view_is_cut_by_its_own_tokenizer(style):
         for side in ("student", "teacher"):
             spans, labels = example[f"{side}_span"], example[side]["labels"]
             assert len(spans) == len(labels)
+            builder = data.builder if side == "student" else data.teacher_builder
+            pieces = [token for piece in builder.answer_pieces(row) for token in piece.ids]
+            assert pieces == [label for label in labels if label != IGNORE]
             assert all(label != IGNORE for span, label in zip(spans, labels, strict=True) if span != NO_SPAN)
         mine, others = (
             texts(tokenizer, example[side], example[f"{side}_span"])

@@ -49,8 +49,8 @@ work."""
 _PROJECTED = 2**25
 """Log-probabilities that are held at once."""
 
-_ROW_BYTES = 64
-_OWN_FILES = (MANIFEST_NAME, HEAD_NAME, "README.md", "part-*.parquet", "part-*.json", ".*.draft-*")
+_ROW_BYTES, _SHARD_OVERHEAD = 64, 8192  # keys and lengths of a text; what Parquet says of a shard
+_OWN_FILES = (MANIFEST_NAME, HEAD_NAME, "part-*.parquet", "part-*.json", ".*.draft-*")
 
 
 @dataclass(frozen=True)
@@ -304,7 +304,7 @@ class CacheWriter:
         shards = [self.plan.shards[number] for number in self.missing]
         tokens = sum(sum(self.plan.tokens[shard.start : shard.stop]) for shard in shards)
         head = 0 if self.codec.reads_logits else self.head.weight.numel() * self.head.weight.element_size()
-        return tokens * self.token_bytes + sum(map(len, shards)) * _ROW_BYTES + head
+        return tokens * self.token_bytes + sum(map(len, shards)) * _ROW_BYTES + len(shards) * _SHARD_OVERHEAD + head
 
     def _check_space(self) -> None:
         here = next(folder for folder in (self.folder, *self.folder.absolute().parents) if folder.exists())
@@ -341,7 +341,19 @@ def pad_view(texts: Sequence[Encoded], pad_token_id: int, device: torch.device) 
 
 
 def clear_cache(folder: Path) -> None:
-    """Delete what a build left in a folder; other files stay, the teacher's answers too."""
+    """Delete what a build left in a folder; other files stay, the teacher's answers too.
+
+    Raises:
+        CacheError: The folder's `manifest.json` is something else's.
+    """
+    try:
+        manifest = json.loads((Path(folder) / MANIFEST_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        manifest = {"contract": None}  # none, or a damaged one
+    if "contract" not in manifest:
+        raise CacheError(
+            f"{folder} has a {MANIFEST_NAME} that is no cache's, so nothing is deleted there; give another folder."
+        )
     for pattern in _OWN_FILES:
         for path in Path(folder).glob(pattern):
             path.unlink()

@@ -22,7 +22,9 @@ from hfkd.teachers.cached import CachedTeacher
 def main(folder: Path, case: str) -> None:
     """Do it and save what came out."""
     if case == "build":
-        build_cache(load_recipe(folder / "recipe.yaml", []), folder / "two", TopK(16), batch_size=3)
+        build_cache(
+            load_recipe(folder / "recipe.yaml", ["training.ddp_backend=gloo"]), folder / "two", TopK(16), batch_size=3
+        )
         return
     settings = {"per_device_train_batch_size": 4, "ddp_backend": "gloo"}
     try:

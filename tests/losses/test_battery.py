@@ -85,8 +85,8 @@ def test_gradient_equals_finite_differences(kind, arguments):
     assert torch.autograd.gradcheck(value, (logits,), eps=1e-6, atol=1e-6, rtol=1e-5)
 
 
-READS_MORE = ("span_likelihood", "normalized_kd",)
-"""It reads the target, so its one method is `compare`; the test of the whole loss is the one that counts."""
+READS_MORE = ("span_likelihood", "normalized_kd")
+"""They read the target, so their one method is `compare`; the test of the whole loss is the one that counts."""
 
 
 @every_loss
