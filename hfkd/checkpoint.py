@@ -37,6 +37,7 @@ def save_companions(
     for name, owner in _owners(objective, teacher, writer):
         state = owner.state_dict()
         if state and (first or owner is writer):
+            Path(folder).mkdir(parents=True, exist_ok=True)  # another process may be here first
             save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, Path(folder) / name)
 
 

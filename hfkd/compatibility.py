@@ -67,17 +67,24 @@ def check_second_view(objective: Objective, teacher: Teacher | None, dataset: An
         )
 
 
-def check_room(dataset: Any, settings: GenerationSettings) -> None:
+def check_room(dataset: Any, settings: GenerationSettings | None) -> None:
     """Make sure that an answer of the greatest length fits behind every prompt.
 
     Args:
         dataset: The training set.
-        settings: Of the text that is to be written.
+        settings: Of the text that is to be written; None where they aren't known.
 
     Raises:
-        ValueError: A view would be longer than its limit.
+        ValueError: A view would be longer than its limit, or the whole text is learned, so that there is no prompt.
     """
     if not isinstance(dataset, DistillationDataset):
+        return
+    if dataset.whole_text:
+        raise ValueError(
+            "whole_text learns every token, so there is no prompt behind which text could be written. Take it out, or "
+            "use answer='dataset'."
+        )
+    if settings is None:
         return
     limits = (
         ("student", dataset.student_prompts, dataset.max_length, "max_length"),

@@ -185,7 +185,7 @@ class DistillationTrainer(Trainer):
             if self.processing_class is None:
                 raise ValueError("Text is to be written, and there is no tokenizer. Pass `processing_class=`.")
             rollout = HFRollout(self.processing_class)
-        check_room(dataset, rollout.settings)
+        check_room(dataset, getattr(rollout, "settings", None))
         return Writer(
             mixture,
             rollout,

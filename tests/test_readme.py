@@ -27,8 +27,11 @@ from hfkd.run.build import build
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNNABLE = ("README.md", "docs/losses.md", "docs/write_your_own.md", "docs/data.md")
-PAGES = (*RUNNABLE, "docs/architecture.md", "CONTRIBUTING.md", *("recipes/" + name for name in
-         ("README.md", "secokd/README.md", "accelerate/README.md", "ablation/README.md")))  # fmt: skip
+FOLDERS = ("secokd", "accelerate", "ablation", "on_policy", "self_teacher", "several")
+PAGES = (
+    *(*RUNNABLE, "CONTRIBUTING.md", "recipes/README.md", *(f"recipes/{folder}/README.md" for folder in FOLDERS)),
+    *(f"docs/{name}.md" for name in ("architecture", "teachers", "caching", "several_teachers", "cross_tokenizer")),
+)
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 MODELS = ("HuggingFaceTB/SmolLM2-135M-Instruct", "HuggingFaceTB/SmolLM2-360M-Instruct")
 

@@ -70,6 +70,7 @@ class ULD(Divergence):
         if chunk.aligned is None:
             return self.between(*chunk.log_probs(self.temperature))
         rows = chunk.aligned.nonzero()[:, 0]
+        chunk.measure("aligned", chunk.aligned.to(torch.float32))
         student, teacher = chunk.student_log_probs(self.temperature), chunk.teacher_log_probs(self.temperature)
         values = self.between(student[rows], teacher[rows])
         return values.new_zeros(len(chunk)).index_add(0, rows, values)

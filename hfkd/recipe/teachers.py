@@ -53,6 +53,8 @@ def answer_faults(recipe: Recipe) -> Iterator[str]:
     if "student" in writers and kind == "cross_tokenizer":
         yield "data.answer: the student's text can't be given to a teacher with another tokenizer; use answer: dataset"
     generation, writes = data.generation, set(data.shares) != {"dataset"}
+    if writes and data.whole_text:
+        yield "data.whole_text: every token is learned, so there is no prompt to write behind; use answer: dataset"
     if generation.buffer_size and not writes:
         yield "data.generation.buffer_size: is given, and no text is written while training; leave it out"
     if generation.reuse and not generation.buffer_size:
