@@ -27,6 +27,7 @@ _HOMES = {
     "EmaTeacher": "hfkd.teachers",
     "SnapshotTeacher": "hfkd.teachers",
     "CachedTeacher": "hfkd.teachers",
+    "CacheError": "hfkd.cache",
     "MixtureTeacher": "hfkd.teachers",
     "RoutedTeacher": "hfkd.teachers",
     "CrossTokenizerTeacher": "hfkd.teachers",

@@ -44,6 +44,7 @@ def build_card(run: Mapping[str, Any], report: Mapping[str, Any]) -> str:
         origin=_origin(run),
         kept=_kept(run),
         teacher=_teacher_words(recipe),
+        answers=_answers(recipe["data"]),
         teacher_accuracy=_teacher_accuracy(recipe, report.get("k_shot_details") or {}),
         terms=[_term(term) for term in run.get("objective") or recipe["loss"]["terms"]],
         steps=_steps(run, report),
@@ -107,7 +108,7 @@ def _teacher_words(recipe: Mapping[str, Any]) -> str:
     whose = _whose(teacher)
     plural = teacher["kind"] in ("mixture", "routed")
     begins = f"The teachers are {whose}; they" if plural else f"The teacher is {whose}{cached}; it"
-    return f"{begins} read {count} demonstrations before each question.{_writers(recipe['data'])}"
+    return f"{begins} read {count} demonstrations before each question."
 
 
 def _whose(teacher: Mapping[str, Any]) -> str:
@@ -129,15 +130,21 @@ def _whose(teacher: Mapping[str, Any]) -> str:
     return f"`{teacher['model'] or kind}`{revision}"
 
 
-def _writers(data: Mapping[str, Any]) -> str:
-    """Who wrote the text while training, where it wasn't there before."""
+def _answers(data: Mapping[str, Any]) -> str:
+    """Whose answers were learned."""
     answer = data.get("answer", "dataset")
     if answer in ("dataset", "teacher"):
-        return ""
+        whose = "the teacher's own" if answer == "teacher" else "those of the data set"
+        return f"The answers are {whose}."
     shares = {answer: 1.0} if isinstance(answer, str) else answer
     total = sum(shares.values())
-    named = ", ".join(f"{name} {share / total:.0%}" for name, share in shares.items() if share)
-    return f" The text was written step by step: {named}."
+    whose = {
+        "student": "written by the student itself",
+        "teacher": "written by the teacher",
+        "dataset": "the data set's",
+    }
+    named = [f"{whose[name]} in {share / total:.0%} of the steps" for name, share in shares.items() if share]
+    return f"The answers are {', '.join(named)}; what was written, was written anew for its step."
 
 
 def _teacher_accuracy(recipe: Mapping[str, Any], details: Mapping[str, Mapping[str, Any]]) -> str:
@@ -230,6 +237,8 @@ def _limits(run: Mapping[str, Any], report: Mapping[str, Any]) -> list[str]:
         )
     if run["recipe"]["data"]["answer"] == "teacher":
         limits.append("The training answers were written by the teacher and were not checked.")
+    elif run["recipe"]["data"]["answer"] != "dataset":
+        limits.append("Training answers that a model wrote were not checked.")
     if any(result["verdict"] for results in details.values() for result in results.values()):
         limits.append("Some figures are no better than a constant answer; see the remarks below the table.")
     for other in report.get("forgetting") or []:

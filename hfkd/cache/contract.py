@@ -15,9 +15,7 @@ from hfkd.data.views import DistillationDataset
 
 def texts_of(dataset: DistillationDataset) -> Iterator[Encoded]:
     """What the teacher reads of each example, in order; demonstrations drawn for the student play no part in it."""
-    for index in range(len(dataset)):
-        example = dataset[index]
-        yield example["student"] if example["teacher"] is None else example["teacher"]
+    return (dataset.read_by_teacher(index) for index in range(len(dataset)))
 
 
 def text_keys(dataset: DistillationDataset) -> list[str]:

@@ -186,6 +186,12 @@ class DistillationDataset(Dataset):
             example["teacher_span"] = span_column(theirs.tolist(), teacher["labels"])
         return example
 
+    def read_by_teacher(self, index: int) -> Encoded:
+        """What the teacher reads of an example; without a view of its own that is the student's."""
+        if self.second_view:
+            return self._teacher[index].encoded(self.shared_prefix)
+        return self._encode_student(self._row(index), self.drawn(index))
+
     @property
     def epoch(self) -> int:
         """The epoch that decides the student's draws."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from hfkd.recipe.schema import MemberSection, Recipe, SourceSection, TeacherSection
+from hfkd.recipe.schema import DataSection, MemberSection, Recipe, SourceSection, TeacherSection
 from hfkd.recipe.source import near, shown
 
 OWN_CLASS = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
@@ -52,6 +52,11 @@ def answer_faults(recipe: Recipe) -> Iterator[str]:
         yield f"data.answer: teacher lets the teacher write, and a teacher of kind {kind} can't; use answer: dataset"
     if "student" in writers and kind == "cross_tokenizer":
         yield "data.answer: the student's text can't be given to a teacher with another tokenizer; use answer: dataset"
+    yield from _writing_faults(data)
+
+
+def _writing_faults(data: DataSection) -> Iterator[str]:
+    """Faults of how text is written while training."""
     generation, writes = data.generation, set(data.shares) != {"dataset"}
     if writes and data.whole_text:
         yield "data.whole_text: every token is learned, so there is no prompt to write behind; use answer: dataset"

@@ -88,7 +88,7 @@ def build(recipe: Recipe, *, dry: bool = False) -> Run:
         ValueError: Something in the recipe or in the data can't work; the message says what to change.
         OSError: A file is missing.
     """
-    run = _settings(recipe, dry)
+    run = settings_of(recipe, dry)
     for section in (recipe.teacher, *recipe.teacher.members.values()):
         if is_own_class(section.kind):
             own_teacher(section.kind)
@@ -124,7 +124,7 @@ def build_for_evaluation(recipe: Recipe, adapter: Path | None = None) -> Run:
             f"weights were all "
             "trained is evaluated with student.model=FOLDER, and student.init=null where the recipe has one)"
         )
-    run = _settings(recipe, dry=False)
+    run = settings_of(recipe)
     run.take(load_data(recipe, run.sources))
     run.tokenizer = load_tokenizer(recipe.student)
     run.builder = PromptBuilder(run.tokenizer, run.style)
@@ -137,7 +137,7 @@ def build_for_evaluation(recipe: Recipe, adapter: Path | None = None) -> Run:
     return run
 
 
-def _settings(recipe: Recipe, dry: bool) -> Run:
+def settings_of(recipe: Recipe, dry: bool = False) -> Run:
     """What a recipe says without any file of rows or weights."""
     return Run(
         recipe=recipe,

@@ -26,7 +26,7 @@ from hfkd.data.prompts import PromptBuilder
 from hfkd.loading import readable
 from hfkd.recipe.schema import Recipe
 from hfkd.rows import DenseRows, Head
-from hfkd.run.build import Run, _settings
+from hfkd.run.build import Run, settings_of
 from hfkd.run.evaluation import movable
 from hfkd.run.expected import expected_contract, loss_temperature, teacher_contract
 from hfkd.run.models import load_student, load_tokenizer, make_teacher, prepare_teacher
@@ -282,7 +282,7 @@ def dataset_card(manifest: Manifest) -> str:
 
 def _without_models(recipe: Recipe) -> Run:
     """Settings, rows and tokenizer of a recipe."""
-    run = _settings(recipe, dry=False)
+    run = settings_of(recipe)
     run.take(load_data(recipe, run.sources))
     run.tokenizer = load_tokenizer(recipe.student)
     run.builder = PromptBuilder(run.tokenizer, run.style)
