@@ -16,8 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hfkd.states import nearest_lists
-from hfkd.student import kept_layers
+from hfkd.student import decoder_blocks, kept_layers
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
@@ -94,7 +93,7 @@ def narrow(model: PreTrainedModel, *, heads: int | None = None, intermediate: in
         (Linear(in_features=16, out_features=10, bias=False), 4)
     """
     found = choose(model, heads=heads, intermediate=intermediate)
-    path, blocks = _blocks(model)
+    path, blocks = decoder_blocks(model)
     config = _narrow_config(model.config, heads, intermediate)
     config.narrowed = _record(found, narrowed(model.config))
     with torch.random.fork_rng(devices=[]):  # what is drawn here is written over
@@ -126,7 +125,7 @@ def choose(model: PreTrainedModel, *, heads: int | None = None, intermediate: in
         raise ValueError("the model has an adapter or quantised weights; narrow the plain model, then add them")
     if heads is None and intermediate is None:
         raise ValueError("neither `heads` nor `intermediate` is given; expected how many of them a block keeps")
-    path, blocks = _blocks(model)
+    path, blocks = decoder_blocks(model)
     numbers: dict[str, list[list[int]]] = {}
     if heads is not None:
         count, group, size = _head_sizes(model.config, path, blocks)
@@ -174,15 +173,6 @@ def _record(found: Narrowing, before: Narrowing | None) -> dict[str, Any]:
 
 
 # --- where the heads and neurons are
-
-
-def _blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The decoder's blocks, and what the names of their weights begin with."""
-    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    found = nearest_lists(model, count)
-    if model.config.is_encoder_decoder or len(found) != 1:
-        raise ValueError(f"{type(model).__name__} has no one list of {count} decoder blocks, so none can be narrowed")
-    return found[0]
 
 
 def _part(block: nn.Module, names: Sequence[str]) -> tuple[str, nn.Module] | None:
@@ -382,7 +372,7 @@ def _check_alike(model: PreTrainedModel, small: PreTrainedModel, found: Narrowin
 
 def _silenced(model: PreTrainedModel, found: Narrowing) -> Iterator[Any]:
     """Hooks that make nothing of what the heads and neurons that go send to the layer that leads out."""
-    path, blocks = _blocks(model)
+    path, blocks = decoder_blocks(model)
     for _, name, dim, index in _cuts(model.config, path, blocks, found):
         if dim == 1:
             layer = model.get_submodule(name.removesuffix(".weight"))

@@ -105,14 +105,14 @@ def keep_layers(model: PreTrainedModel, layers: int | Sequence[int]) -> PreTrain
     """
     if hasattr(model, "peft_config") or getattr(model, "is_quantized", False):
         raise ValueError("the model has an adapter or quantised weights; cut the plain model, then add them")
-    path, blocks = _blocks(model)
+    path, blocks = decoder_blocks(model)
     numbers = _numbers(layers, len(blocks))
     config = _cut_config(model.config, numbers, len(blocks))
     with torch.random.fork_rng(devices=[]):  # what is drawn here is written over
         small = type(model)._from_config(
             config, dtype=model.dtype, attn_implementation=model.config._attn_implementation
         )
-    _check_alike(blocks, _blocks(small)[1], numbers)
+    _check_alike(blocks, decoder_blocks(small)[1], numbers)
     small.load_state_dict(dict(_renamed(model.state_dict(), f"{path}.", numbers)))
     if model.generation_config is not None:
         small.generation_config = copy.deepcopy(model.generation_config)
@@ -125,12 +125,16 @@ def kept_layers(config: PreTrainedConfig) -> tuple[list[int], int] | None:
     return (list(kept["numbers"]), int(kept["of"])) if kept else None
 
 
-def _blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The decoder's blocks, and what the names of their weights begin with."""
+def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The decoder's blocks, and what the names of their weights begin with.
+
+    Raises:
+        ValueError: There is no one list of them.
+    """
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     found = nearest_lists(model, count)
     if model.config.is_encoder_decoder or len(found) != 1:
-        raise ValueError(f"{type(model).__name__} has no one list of {count} decoder blocks, so none can be taken out")
+        raise ValueError(f"{type(model).__name__} has no one list of {count} decoder blocks, so it can't be cut")
     return found[0]
 
 

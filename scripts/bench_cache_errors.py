@@ -162,7 +162,7 @@ def report_errors(found: Mapping[str, Any], tokens: int) -> None:
         cells = [codec, f"{size['most']:,}", f"{size['disk']:,.1f}", decoded]
         for name in names:
             one = entry["students"][name]
-            cells += [f"{one['error']:.2g}", f"{one['bias']:+.1g} +- {one['bias_error']:.1g}"]
+            cells += [f"{one['error']:.2g}", f"{one['bias']:+.2g} +- {one['bias_error']:.1g}"]
         rows.append(cells)
     print_table(f"What is lost, in nats per token, over {tokens:,} held-out tokens", headings, rows)
     dense = ", ".join(f"{value:.3f} for the student {name}" for name, value in found["dense"].items())
