@@ -162,8 +162,10 @@ class Hidden(Codec):
 
     def read(self, columns: Columns, tokens: Sequence[int], reading: Reading, device: torch.device) -> DenseRows:
         """Hidden states, in the head's type."""
-        states = torch.from_numpy(np.concatenate(columns["hidden"])).view(getattr(torch, reading.dtype)).to(device)
-        return DenseRows(states.view(sum(tokens), -1).to(reading.head.weight.dtype), reading.head)
+        kind, width = getattr(torch, reading.dtype), reading.head.weight.shape[1]
+        found = np.concatenate(columns["hidden"])
+        states = torch.from_numpy(found).view(kind) if found.size else torch.empty(0, dtype=kind)
+        return DenseRows(states.to(device).view(sum(tokens), width).to(reading.head.weight.dtype), reading.head)
 
 
 CODECS: dict[str, type[Codec]] = {codec.kind: codec for codec in (TopK, Sampled, Hidden)}

@@ -207,8 +207,8 @@ def compare(
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, item in json.loads(json.dumps(value, default=str)).items():
-        if isinstance(item, dict) and item:
-            flat |= _flat(item, f"{prefix}{name}.")
+        if isinstance(item, dict) and item and not prefix:
+            flat |= _flat(item, f"{name}.")
         else:
             flat[f"{prefix}{name}"] = item
     return flat

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hfkd.rows import LOWEST
+
 LEVELS = 255
 _WINDOW = 4  # bytes that hold an id of up to 25 bits wherever its first bit lies
 
@@ -73,10 +75,13 @@ def quantise(log_probs: Tensor, real: Tensor | None = None) -> tuple[Tensor, Ten
     distance = (largest.float() - log_probs).clamp(min=0.0)
     if real is not None:
         distance = distance * real
-    farthest = distance.amax(dim=-1, keepdim=True)
-    reach = (farthest * (1 + 2**-10) + 2**-14).half()  # rounded up, so that no code is above 255
-    codes = (distance / reach.float()).sqrt_().mul_(LEVELS).round_().to(torch.uint8)
-    return codes, torch.cat([largest, reach], dim=-1)
+    never = distance > -LOWEST / 2  # ids that are ruled out: they must not stretch the others' range
+    distance = distance.masked_fill(never, 0.0)
+    barred = never.any(dim=-1, keepdim=True)
+    farthest = distance.amax(dim=-1, keepdim=True) * torch.where(barred, (LEVELS / (LEVELS - 1)) ** 2, 1.0)
+    reach = (farthest * (1 + 2**-10) + 2**-14).half()  # rounded up, so that no code is above 255 (254 if one is barred)
+    codes = (distance / reach.float()).sqrt_().mul_(LEVELS).round_().to(torch.uint8).masked_fill(never, LEVELS)
+    return codes, torch.cat([largest, torch.where(barred, -reach, reach)], dim=-1)
 
 
 def restore(codes: Tensor, bounds: Tensor) -> Tensor:
@@ -90,11 +95,12 @@ def restore(codes: Tensor, bounds: Tensor) -> Tensor:
         bounds: [n, 2].
     """
     largest, reach = bounds[:, :1].float(), bounds[:, 1:].float()
-    return largest - reach * (codes.float() / LEVELS).square_()
+    found = largest - reach.abs() * (codes.float() / LEVELS).square_()
+    return found.masked_fill((reach < 0) & (codes == LEVELS), LOWEST)
 
 
 def restored_error(log_probs: Tensor, bounds: Tensor) -> Tensor:
     """The bound that `restore` states, for each entry [n, K]."""
-    largest, reach = bounds[:, :1].float(), bounds[:, 1:].float()
+    largest, reach = bounds[:, :1].float(), bounds[:, 1:].float().abs()
     distance = (largest - log_probs.float()).clamp(min=0.0)
     return (distance * reach).sqrt() / LEVELS + reach / (4 * LEVELS**2) + largest.abs() * 2**-11 + 2**-20

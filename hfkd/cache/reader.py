@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+import itertools, os
+from filelock import FileLock
 
 import numpy as np
+import pyarrow.parquet as pq
 import pyarrow as pa
 import torch
 from safetensors.torch import load_file
@@ -57,7 +60,8 @@ class CacheReader:
         CacheError: The build was interrupted, or the shards aren't what the manifest says.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, device: torch.device | str = "cpu") -> None:
+    def __init__(self, folder: Path, manifest: Manifest, device: torch.device | str = "cpu", verify: bool = True) -> None:
+        self.verify = verify
         if manifest.status != "complete":
             raise CacheError(
                 f"The cache in {folder} isn't finished: its build was interrupted. Run the same `hfkd cache` command "
@@ -102,7 +106,7 @@ class CacheReader:
         Raises:
             CacheError: A text isn't there.
         """
-        places = self._find(keys)
+        places = self._find(keys) if keys else np.empty(0, dtype=np.int64)
         if (absent := np.flatnonzero(places < 0)).size:
             named = [keys[place] for place in absent[:_NAMED]]
             raise CacheError(
@@ -113,7 +117,7 @@ class CacheReader:
             raise CacheError(
                 f"The cache {self.folder} has {stored.tolist()} supervised tokens for texts that have {list(tokens)}."
             )
-        columns = {name: [column[place] for place in places] for name, column in self._columns.items()}
+        columns = {name: [column[place] for place in places] or [column[0][:0]] for name, column in self._columns.items()}
         return self.codec.read(columns, tokens, self.reading, device)
 
     def _find(self, keys: Sequence[str]) -> np.ndarray:
@@ -130,12 +134,33 @@ class CacheReader:
         """
         import datasets
 
-        files = [str(self.folder / shard["name"]) for shard in self.manifest.shards]
-        place = Path(datasets.config.HF_DATASETS_CACHE) / "hfkd_cache" / self.manifest.digest[:32]
+        place = Path(datasets.config.HF_DATASETS_CACHE) / "hfkd_cache" / f"{self.manifest.digest[:32]}.arrow"
+        note = place.with_suffix(".sha256")
         try:
-            return datasets.Dataset.from_parquet(files, cache_dir=str(place)).data.table
-        except (pa.ArrowInvalid, datasets.exceptions.DatasetGenerationError) as problem:
-            raise CacheError(f"The shards in {self.folder} can't be read as Parquet: {problem}") from problem
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(place.with_suffix(".lock")):
+                if not self._is_whole(place, note):
+                    self._unpack(place, note)
+            with pa.memory_map(str(place)) as file:
+                return pa.ipc.open_file(file).read_all()
+        except (pa.ArrowInvalid, OSError) as problem:
+            raise CacheError(f"The shards in {self.folder} can't be opened by way of {place}: {problem}") from problem
+
+    def _is_whole(self, place: Path, note: Path) -> bool:
+        if not (place.is_file() and note.is_file()):
+            return False
+        return not self.verify or file_digest(place) == note.read_text()
+
+    def _unpack(self, place: Path, note: Path) -> None:
+        """Write all shards uncompressed, one behind the other."""
+        draft = place.with_name(f"{place.name}.draft")
+        tables = (pq.read_table(self.folder / shard["name"]) for shard in self.manifest.shards)
+        first = next(tables)
+        with pa.OSFile(str(draft), "wb") as sink, pa.ipc.new_file(sink, first.schema) as writer:
+            for table in itertools.chain([first], tables):
+                writer.write_table(table.combine_chunks())
+        note.write_text(file_digest(draft))
+        os.replace(draft, place)
 
     def _head(self, device: torch.device) -> Head:
         facts = self.manifest.facts["head"]

@@ -140,7 +140,7 @@ class Sampled(Codec):
         """Ids with true log-probabilities and weights; zeros where a token has fewer than others."""
         each = [piece.view(self._count_type).astype(np.int64) for piece in columns["distinct"]]
         distinct = torch.from_numpy(np.concatenate(each)).to(device)
-        real = torch.arange(int(distinct.max()), device=device) < distinct[:, None]
+        real = torch.arange(max((int(piece.max(initial=0)) for piece in each), default=0), device=device) < distinct[:, None]
         ids = read_ids(columns["ids"], [int(piece.sum()) for piece in each], self.compact, reading, device)
         counted = np.concatenate([piece.view(self._count_type) for piece in columns["counts"]]).astype(np.float32)
         counts = _spread(torch.from_numpy(counted).to(device), real)

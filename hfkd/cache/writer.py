@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -50,7 +51,8 @@ _PROJECTED = 2**25
 """Log-probabilities that are held at once."""
 
 _ROW_BYTES, _SHARD_OVERHEAD = 64, 8192  # keys and lengths of a text; what Parquet says of a shard
-_OWN_FILES = (MANIFEST_NAME, HEAD_NAME, "part-*.parquet", "part-*.json", ".*.draft-*")
+_NAMES = r"(manifest\.json|head\.safetensors|part-\d{5,}\.(parquet|json))"
+_OWN_FILE = re.compile(rf"{_NAMES}|\.{_NAMES}\.draft-\d+")
 
 
 @dataclass(frozen=True)
@@ -161,9 +163,9 @@ class CacheWriter:
             compare(theirs, ours, self.folder, remedy, whole=True)
             if before.status == "complete":
                 return True
-        elif self.folder.exists() and any(self.folder.glob("part-*.parquet")):
+        elif any(_OWN_FILE.fullmatch(path.name) for path in self.folder.glob("*") if not path.name.startswith(".")):
             raise CacheError(
-                f"{self.folder} has shards but no {MANIFEST_NAME}, so it can't be known what they are; choose another "
+                f"{self.folder} has a cache's files but no {MANIFEST_NAME}, so it can't be known what they are; choose another "
                 "folder, or delete them with --overwrite."
             )
         self.missing = [number for number in range(len(self.plan.shards)) if not self._is_written(number)]
@@ -174,8 +176,7 @@ class CacheWriter:
         """Make the folder, its manifest and the head; for the first process alone, after all have called `open`."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for draft in self.folder.glob(".*.draft-*"):
-                draft.unlink()
+            remove_drafts(self.folder)
             self.manifest.write(self.folder)
             if not self.codec.reads_logits:
                 write_whole(self.folder / HEAD_NAME, self._head_bytes())
@@ -201,9 +202,7 @@ class CacheWriter:
         for number in self.missing[share[0] :: share[1]]:
             table = self._table(self.plan.shards[number], speak, report)
             sink = pa.BufferOutputStream()
-            pq.write_table(
-                table, sink, compression="zstd", use_dictionary=False, write_statistics=False, store_schema=True
-            )
+            pq.write_table(table, sink, compression="zstd", use_dictionary=False, store_schema=True)
             try:
                 write_whole(self.folder / shard_name(number), sink.getvalue().to_pybytes())
                 write_whole(self._note(number), json.dumps(self._facts_of(number)).encode())
@@ -272,11 +271,13 @@ class CacheWriter:
         if not self.codec.reads_logits:
             return self.codec.tell(rows.hidden, None)
         parts, size = [], max(1, _PROJECTED // rows.vocab_size)
-        for start in range(0, len(rows), size):
+        for start in range(0, max(1, len(rows)), size):
             some = slice(start, min(start + size, len(rows)))
             buffer = torch.empty(some.stop - start, rows.vocab_size, dtype=torch.float32, device=rows.hidden.device)
             logits = rows.logits(some, buffer).float()
             log_probs = torch.log_softmax(logits if self.temperature == 1.0 else logits / self.temperature, dim=-1)
+            if not bool(torch.isfinite(log_probs.amax(dim=-1)).all()):
+                raise CacheError("The teacher's logits of some tokens aren't finite numbers; nothing of them is kept.")
             parts.append(self.codec.tell(log_probs, None if draws is None else draws[some]))
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
@@ -342,29 +343,53 @@ def pad_view(texts: Sequence[Encoded], pad_token_id: int, device: torch.device) 
     return View(padded(ids, pad_token_id), mask, padded([text["labels"] for text in texts], IGNORE))
 
 
-def clear_cache(folder: Path) -> None:
+def clear_cache(folder: Path) -> bool:
     """Delete what a build left in a folder; other files stay, the teacher's answers too.
 
     Raises:
         CacheError: The folder's `manifest.json` is something else's.
     """
-    try:
-        manifest = json.loads((Path(folder) / MANIFEST_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        manifest = {"contract": None}  # none, or a damaged one
-    if "contract" not in manifest:
+    folder = Path(folder)
+    own = [path for path in folder.glob("*") if _OWN_FILE.fullmatch(path.name)]
+    shards = [path for path in own if path.suffix == ".parquet" and not path.name.startswith(".")]
+    if own and not _is_ours(folder / MANIFEST_NAME) and not (shards and all(map(_is_shard, shards))):
         raise CacheError(
-            f"{folder} has a {MANIFEST_NAME} that is no cache's, so nothing is deleted there; give another folder."
+            f"{folder} has {own[0].name}, and it can't be told that a cache is there (no {MANIFEST_NAME} of one, no shard of "
+            "one), so nothing is deleted; give another folder, or delete the files yourself."
         )
-    for pattern in _OWN_FILES:
-        for path in Path(folder).glob(pattern):
-            path.unlink()
+    for path in own:
+        path.unlink()
+    return bool(own)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file is a cache's manifest, of any version."""
+    try:
+        return "format_version" in json.loads(path.read_text(encoding="utf-8"))["contract"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
+
+
+def _is_shard(path: Path) -> bool:
+    """Whether a file is a shard of a cache."""
+    try:
+        return {"row_hash", "tokens"} <= set(pq.read_schema(path).names)
+    except (OSError, pa.ArrowInvalid):
+        return False
 
 
 def remove_notes(folder: Path) -> None:
     """Delete what is needed only while a cache is built."""
-    for pattern in ("part-*.json", ".*.draft-*"):
-        for path in Path(folder).glob(pattern):
+    for path in Path(folder).glob("part-*.json"):
+        if _OWN_FILE.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+    remove_drafts(folder)
+
+
+def remove_drafts(folder: Path) -> None:
+    """Delete what writes that were killed have left."""
+    for path in Path(folder).glob(".*.draft-*"):
+        if _OWN_FILE.fullmatch(path.name):
             path.unlink(missing_ok=True)
 
 

@@ -207,6 +207,8 @@ def _training(recipe: Recipe) -> Iterator[str]:
         elif name not in known:
             yield f"training.{name}: unknown key{near(name, known)}; training takes the fields of DistillationConfig"
             continue
+        if value is False and name.endswith("_strategy"):
+            value = "no"  # which YAML reads as false
         try:
             recipe.training[name] = _plain_value(hints.get(name), value)
         except ValueError as error:

@@ -31,7 +31,7 @@ def teacher_answers(
     rows: Sequence[Mapping[str, Any]],
     prompts: Sequence[list[int]],
     rollout: Rollout,
-    model_context: Callable[[], AbstractContextManager[nn.Module]],
+    model_context: Callable[[], AbstractContextManager[nn.Module]] | None,
     path: Path,
     fingerprint: Mapping[str, Any],
 ) -> list[str]:
@@ -66,11 +66,17 @@ def teacher_answers(
     keys = [prompt_hash(prompt) for prompt in prompts]
     file = AnswerFile(path, _with_settings(fingerprint, rollout))
     file.read()  # on every process, so that a wrong fingerprint stops all of them
+    missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in file.answers}
+    if missing and model_context is None:
+        raise ValueError(
+            f"{path} lacks the teacher's answers to {len(missing)} of {len(prompts)} prompts, and nobody is there to write "
+            "them. Build the cache with the number of steps, the batch size and the number of processes that the run "
+            "has, or use `answer: dataset`."
+        )
     state.wait_for_everyone()
-    if state.is_main_process:
+    if state.is_main_process and missing:
         file.repair()
     state.wait_for_everyone()
-    missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in file.answers}
     if state.is_main_process:
         if missing:
             _generate(missing, rollout, model_context, file)

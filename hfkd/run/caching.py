@@ -147,10 +147,12 @@ class _Build:
         if self.recipe.data.answer != "teacher":
             return dataset
         rows = visited_rows(self.run, rows)
-        if not (self.out / MANIFEST_NAME).exists():
-            self._prepared()  # its answers are missing, or most of them
-        answered = answered_rows(self.run, rows, self.out)
-        self._on_first(lambda: _sort_answers(self.out / ANSWERS_NAME))
+        begun = (self.out / MANIFEST_NAME).exists()  # it is written when all answers are there
+        if not begun:
+            self._prepared()
+        answered = answered_rows(self.run, rows, self.out, written=begun)
+        if not begun:
+            self._on_first(lambda: _sort_answers(self.out / ANSWERS_NAME))
         return make_dataset(self.run, answered, self.run.teacher, self.run.objective)
 
     def _prepared(self) -> Teacher:
@@ -215,8 +217,8 @@ class _Build:
 
     def _clear(self) -> None:
         def delete() -> None:
-            clear_cache(self.out)
-            (self.out / ANSWERS_NAME).unlink(missing_ok=True)
+            if clear_cache(self.out):
+                (self.out / ANSWERS_NAME).unlink(missing_ok=True)
 
         self._on_first(delete)
 
@@ -269,7 +271,7 @@ def dataset_card(manifest: Manifest) -> str:
         "Bytes per token": manifest.facts["bytes_per_token"],
         "Error": manifest.facts["error"],
     }
-    lines = [f"| {name} | {value} |" for name, value in facts.items()]
+    lines = [f"| {name} | {str(value).replace(chr(124), chr(92) + chr(124))} |" for name, value in facts.items()]
     text = (
         "What a language model said of each supervised token of a data set, for distillation without the model. Rows "
         "are found by the hash of a text's tokens (`row_hash`); the texts themselves are not here. `manifest.json` "

@@ -207,7 +207,7 @@ class _Conductor:
     def _with_teacher_answers(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The rows with what the prompted teacher wrote; rows that it left empty are taken out and counted."""
         prepare_to_write(self.run)
-        kept = answered_rows(self.run, rows, Path(self.recipe.teacher.cache or self.run.output_dir))
+        kept = answered_rows(self.run, rows, Path(self.recipe.teacher.cache or self.run.output_dir), written=self.recipe.teacher.cache is not None)
         empty = len(rows) - len(kept)
         self.record.data["teacher_answers"] = {"rows": len(kept), "empty": empty}
         left_out = f"; {empty} answers were empty and are left out" if empty else ""

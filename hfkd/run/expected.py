@@ -52,7 +52,7 @@ def teacher_contract(recipe: Recipe) -> dict[str, Any]:
     origin = recipe.student.origin if kind == "self" else recipe.teacher.model
     contract = {
         "kind": kind,
-        "model": name_of(origin),
+        "model": name_of(origin, section.load_kwargs.get("subfolder")),
         "revision": section.revision,
         "dtype": section.dtype,
         "load_kwargs": mask(section.model_dump(mode="json")["load_kwargs"]),
@@ -77,12 +77,12 @@ def loss_temperature(objective: Objective) -> float | list[float]:
     return sorted(map(float, found)) if len(found) > 1 else float(next(iter(found), 1.0))
 
 
-def name_of(origin: str) -> str:
+def name_of(origin: str, subfolder: str | None = None) -> str:
     """A hub id as it is; a folder by its last part and a hash of its content, so that no machine's path is told."""
     folder = Path(origin)
     if not folder.exists():
         return origin
-    return f"{folder.resolve().name}@{_folder_digest(folder.resolve())[:16]}"
+    return f"{folder.resolve().name}@{_folder_digest(folder.resolve() / (subfolder or ''))[:16]}"
 
 
 def _folder_digest(folder: Path) -> str:

@@ -89,7 +89,7 @@ def visited_rows(run: Run, rows: Sequence[dict[str, Any]]) -> Rows:
     return list(visited(rows, examples, config.seed))
 
 
-def answered_rows(run: Run, rows: Rows, folder: Path) -> Rows:
+def answered_rows(run: Run, rows: Rows, folder: Path, written: bool = False) -> Rows:
     """The rows with what the prompted teacher wrote, or had written into the folder before; rows that it left empty
     are taken out.
 
@@ -105,7 +105,8 @@ def answered_rows(run: Run, rows: Rows, folder: Path) -> Rows:
     prompts = teacher_prompts(rows, run.builder, fixed_demonstrations(run))
     rollout = HFRollout(run.tokenizer, run.generation)
     path, fingerprint = Path(folder) / ANSWERS_NAME, answers_fingerprint(run.recipe)
-    answers = teacher_answers(rows, prompts, rollout, run.teacher.weights, path, fingerprint)
+    speaks = None if written else run.teacher.weights
+    answers = teacher_answers(rows, prompts, rollout, speaks, path, fingerprint)
     kept = [run.builder.with_answer(row, answer) for row, answer in zip(rows, answers, strict=True) if answer.strip()]
     if not kept:
         raise NothingToLearn(
@@ -124,4 +125,9 @@ def answers_fingerprint(recipe: Recipe) -> dict[str, Any]:
     """What decides the teacher's answers besides the prompts: whose weights they are, and how they are loaded."""
     section = recipe.student if recipe.teacher.kind in ("self", "ema", "snapshot") else recipe.teacher
     names = {"kind", "model", "init", "revision", "dtype", "load_kwargs", "options"}
-    return mask(section.model_dump(mode="json", include=names))
+    from hfkd.run.expected import name_of
+
+    found = mask(section.model_dump(mode="json", include=names))
+    if found.get("model"):
+        found["model"] = name_of(section.model)
+    return found

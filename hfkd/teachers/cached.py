@@ -83,7 +83,7 @@ class CachedTeacher(Teacher):
             return
         if self.verify and self.manifest.status == "complete":
             self._check_files()
-        self.reader = CacheReader(self.path, self.manifest, accelerator.device)
+        self.reader = CacheReader(self.path, self.manifest, accelerator.device, self.verify)
         logger.info("The cache %s holds %d texts.", self.path, len(self.reader))
 
     def meet(self, dataset: DistillationDataset, training: bool = True) -> None:
@@ -103,14 +103,19 @@ class CachedTeacher(Teacher):
                 f"data: {len(absent)} of {len(keys)} texts aren't in the cache {self.path}, the first is {named}. "
                 f"{_REMEDY}"
             )
-        if training and not self.subset and data != self.manifest.contract["data"]:
-            theirs = self.manifest.contract["data"]
+        theirs = self.manifest.contract.get("data")  # none where the teacher wrote the answers
+        if training and not self.subset and theirs is not None and data != theirs:
             what = "the same texts in another order" if data["rows"] == theirs["rows"] else "a part of its texts"
             raise CacheError(
                 f"data.sha256: the cache in {self.path} was made of {theirs['rows']} rows ({theirs['sha256'][:12]}), "
                 f"this run has {data['rows']} ({data['sha256'][:12]}): {what}, or some of them repeated. Bring the "
                 "data back, or say that a part in any order is meant: CachedTeacher(..., subset=True)."
             )
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of ids that the cached teacher scored."""
+        return self.manifest.contract["vocab_size"]
 
     def signal(self, batch: Batch, needs: frozenset[str]) -> TeacherSignal:
         """Read the rows of the texts of a batch.
@@ -120,6 +125,7 @@ class CachedTeacher(Teacher):
         """
         view = batch.teacher_view
         keys, tokens = view_keys(view)
+        keys, tokens = [key for key, count in zip(keys, tokens, strict=True) if count], [count for count in tokens if count]
         with torch.no_grad():
             return TeacherSignal(self._opened().rows(keys, tokens, view.input_ids.device))
 
