@@ -22,10 +22,13 @@ class Steps(TrainerCallback):
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
+        self._told = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The first weights and temperatures; a schedule that can't be over in time is refused here."""
-        self.trainer.objective.check_schedules(state.max_steps)
+        writer = self.trainer.writer
+        own_text = writer is not None and bool(writer.mixture.shares.get("student"))
+        self.trainer.objective.check_schedules(state.max_steps, own_text)
         self.trainer.objective.set_step(state.global_step, state.max_steps)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -34,14 +37,15 @@ class Steps(TrainerCallback):
         if isinstance(dataset, DistillationDataset):
             dataset.set_epoch(int(state.epoch or 0))
         epoch = float(state.epoch or 0)
-        if self.trainer.teacher is not None and epoch and epoch.is_integer():
+        if self.trainer.teacher is not None and epoch and epoch.is_integer() and epoch != self._told:
             # Once more: a checkpoint of an epoch's last step is written before that epoch ends.
             self.trainer.teacher.after_epoch(epoch)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The teacher may be what the student was until now."""
+        self._told = float(state.epoch or 0)
         if self.trainer.teacher is not None:
-            self.trainer.teacher.after_epoch(float(state.epoch or 0))
+            self.trainer.teacher.after_epoch(self._told)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Bring the losses' gradients together."""

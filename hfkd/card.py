@@ -121,7 +121,8 @@ def _whose(teacher: Mapping[str, Any]) -> str:
     if kind == "self":
         return _WEIGHTS[teacher["weights"]]
     if kind == "ema":
-        return f"a moving average of the student's weights (decay {teacher['decay']:g} a step)"
+        often = "step" if teacher["interval"] == 1 else f"{teacher['interval']} steps"
+        return f"a moving average of the student's weights (decay {teacher['decay']} every {often})"
     if kind == "snapshot":
         every = teacher["every"]
         when = "at the end of the epoch before" if every == "epoch" else f"up to {every} steps before"

@@ -45,17 +45,20 @@ def load_companions(folder: str, objective: nn.Module, teacher: Teacher | None, 
     """Take back what `save_companions` wrote.
 
     Raises:
-        FileNotFoundError: Something here has a state, but the checkpoint holds none: it was made with other parts.
+        FileNotFoundError: Something here has a state, but the checkpoint holds none: it was made with other parts, or
+            on another number of processes, or keeps the model only.
     """
     for name, owner in _owners(objective, teacher, writer):
         if not owner.state_dict():
             continue
         file = Path(folder) / name
         if not file.exists():
+            processes = PartialState().num_processes
+            texts = f", on the number of processes that it was made with (here {processes})" if owner is writer else ""
             raise FileNotFoundError(
                 f"{folder} has no {name}, but {type(owner).__name__} has a state to restore. Resume with the "
-                f"objective and the teacher "
-                "that the checkpoint was made with, or start anew."
+                f"objective, the teacher and the buffer that the checkpoint was made with{texts}, or start anew (a "
+                "checkpoint of save_only_model keeps none of them)."
             )
         owner.load_state_dict(load_file(file))
 

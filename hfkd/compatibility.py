@@ -5,6 +5,8 @@ Reads what the parts say of themselves; it runs no model and changes nothing.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import TrainingArguments
@@ -13,8 +15,10 @@ from hfkd.data.views import DistillationDataset
 from hfkd.objective import Objective
 from hfkd.rollout.base import GenerationSettings
 from hfkd.rollout.on_policy import Mixture
-from hfkd.signal import STATES
-from hfkd.teachers import ShadowTeacher, Teacher
+from hfkd.signal import DISTRIBUTION, STATES
+from hfkd.teachers import Teacher
+
+logger = logging.getLogger(__name__)
 
 
 def check_devices(args: TrainingArguments) -> None:
@@ -59,7 +63,7 @@ def check_second_view(objective: Objective, teacher: Teacher | None, dataset: An
             "The self-teacher reads the same prompt as the student with the same weights: there would be nothing to "
             "learn. Give it demonstrations (`demonstrations=`), or rows with a `privileged_context`."
         )
-    if isinstance(teacher, ShadowTeacher) and not any(term.loss.fits_text for term in objective.terms):
+    if teacher.begins_as_student and not any(term.loss.learns_text for term in objective.terms):
         raise ValueError(
             "The teacher begins as the student and reads the same prompt, and no term learns the text: both would "
             "stay where they are. Give it demonstrations (`demonstrations=`) or a `privileged_context`, or add "
@@ -67,12 +71,30 @@ def check_second_view(objective: Objective, teacher: Teacher | None, dataset: An
         )
 
 
-def check_room(dataset: Any, settings: GenerationSettings | None) -> None:
+def check_readers_of_draws(objective: Objective) -> None:
+    """Refuse terms that can't read a teacher that is known through drawn ids only.
+
+    Raises:
+        ValueError: Names them.
+    """
+    reading = [term for term in objective.terms if DISTRIBUTION in term.loss.needs]
+    blind = [term.name for term in reading if not getattr(term.loss, "reads_samples", False)]
+    if blind:
+        raise ValueError(
+            f"The teacher is known through drawn ids only (codec sampled), and the terms {blind} read whole "
+            "distributions. Use forward_kl, or a cache with the codec topk or hidden."
+        )
+
+
+def check_room(
+    dataset: Any, settings: GenerationSettings | None, positions: Mapping[str, int | None] | None = None
+) -> None:
     """Make sure that an answer of the greatest length fits behind every prompt.
 
     Args:
         dataset: The training set.
         settings: Of the text that is to be written; None where they aren't known.
+        positions: How many positions the models of `student` and `teacher` have, as far as that is known.
 
     Raises:
         ValueError: A view would be longer than its limit, or the whole text is learned, so that there is no prompt.
@@ -87,15 +109,16 @@ def check_room(dataset: Any, settings: GenerationSettings | None) -> None:
     if settings is None:
         return
     limits = (
-        ("student", dataset.student_prompts, dataset.max_length, "max_length"),
-        ("teacher", dataset.teacher_prompts, dataset.teacher_max_length, "teacher_max_length"),
+        ("student", dataset.max_length, f"max_length={dataset.max_length}"),
+        ("teacher", dataset.teacher_max_length, f"teacher_max_length={dataset.teacher_max_length}"),
+        *((view, count, f"the {count} positions of its model") for view, count in (positions or {}).items() if count),
     )
-    for view, prompts, limit, setting in limits:
-        longest = max(map(len, prompts), default=0)
+    for view, limit, words in limits:
+        longest = dataset.longest_prompts[view]
         if longest + settings.max_new_tokens > limit:
             raise ValueError(
                 f"The longest prompt of the {view} has {longest} tokens and may be answered with "
-                f"{settings.max_new_tokens} more, above {setting}={limit}. Raise {setting}, lower max_new_tokens, or "
+                f"{settings.max_new_tokens} more, above {words}. Raise the limit if you can, lower max_new_tokens, or "
                 "show fewer demonstrations; nothing is cut in silence."
             )
 
@@ -104,8 +127,8 @@ def _check_teacher(objective: Objective, teacher: Teacher | None, has_adapter: b
     """Compare what the terms ask for with what the teacher has.
 
     Raises:
-        ValueError: There is no teacher, it lacks something, it has another vocabulary than a term can read, or it
-            needs an adapter that isn't there.
+        ValueError: There is no teacher, it lacks something, it has another vocabulary or fewer ids than a term can
+            read, or it needs an adapter that isn't there.
     """
     needs = objective.needs
     if needs and teacher is None:
@@ -124,6 +147,8 @@ def _check_teacher(objective: Objective, teacher: Teacher | None, has_adapter: b
             "A self-teacher with weights='adapter_off' needs a student with an adapter, and there is none to switch "
             "off. Pass a `peft_config`, or take weights='frozen_copy' or 'live'."
         )
+    if teacher.drawn:
+        check_readers_of_draws(objective)
     if not teacher.other_vocabulary:
         return
     reading = [term for term in objective.terms if term.loss.needs]
@@ -143,14 +168,22 @@ def _check_answers(objective: Objective, mixture: Mixture, teacher: Teacher | No
     """
     if not mixture.writes:
         return
-    if mixture.shares.get("student") and all(term.loss.fits_text for term in objective.terms):
+    if mixture.shares.get("student") and all(term.loss.learns_text for term in objective.terms):
         raise ValueError(
             f"The student is to learn from text that it writes itself, and the terms "
             f"{[term.name for term in objective.terms]} learn the text: it would be taught what it says already. Add "
             "a term that asks the teacher (reverse_kl), or train on answer='dataset'."
         )
+    left_out = [term.name for term in objective.terms if term.loss.learns_text]
+    if left_out and set(mixture.shares) == {"student"}:
+        logger.warning("The student writes all text, on which %s never count: they learn the text itself.", left_out)
     if teacher is None:
         raise ValueError("Text is to be written while training, and there is no teacher to judge it. Pass `teacher=`.")
+    if mixture.shares.get("teacher") and not teacher.writes:
+        raise ValueError(
+            f"The teacher is to write answers, and {type(teacher).__name__} has no one model that could. Use "
+            "answer='dataset' or answer='student'."
+        )
     if teacher.other_vocabulary:
         raise ValueError(
             "Text that is written while training can't be given to a teacher with another tokenizer. Use "

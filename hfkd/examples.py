@@ -30,6 +30,7 @@ def as_views(
     teacher: Teacher | None,
     placeholder: bool = False,
     own_collator: bool = False,
+    name: str = "training",
 ) -> Any:
     """Make both views of each row; a data set that is ready, or meant for a collator of the user's own, is returned as
     it is.
@@ -45,6 +46,7 @@ def as_views(
         teacher: Who reads a view of its own; None where no loss asks it.
         placeholder: Whether the answers are written at each step, so that the rows' own don't count.
         own_collator: Whether the user's own collator makes the views.
+        name: What the rows are called in messages.
 
     Raises:
         ValueError: There is no tokenizer, or the rows are none.
@@ -74,4 +76,5 @@ def as_views(
         teacher_max_length=args.teacher_max_length,
         too_long=args.too_long,
         seed=args.data_seed if args.data_seed is not None else args.seed,
+        name=name,
     )

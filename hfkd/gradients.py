@@ -60,7 +60,7 @@ def norms_by_term(
     tokens = max(1, len(rows[0]))
     norms = {}
     for term in objective.terms:
-        if not term.weight or (own_text and term.loss.fits_text):
+        if not term.weight or (own_text and term.loss.learns_text):
             norms[term.name] = 0.0
             continue
         total = objective.alone(term.name)(*rows, states=states).total

@@ -62,8 +62,15 @@ class Meter:
         self._sums[name] = known[0] + part, known[1] + whole
 
     @contextmanager
-    def teaching(self) -> Iterator[None]:
-        """Time what runs inside as the teacher's share; on CUDA with events, so that nothing has to wait."""
+    def teaching(self, counted: bool = True) -> Iterator[None]:
+        """Time what runs inside as the teacher's share; on CUDA with events, so that nothing has to wait.
+
+        Args:
+            counted: Whether it belongs to the training, and not to an evaluation.
+        """
+        if not counted:
+            yield
+            return
         if self.device.type == "cuda":
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
@@ -74,6 +81,15 @@ class Meter:
         began = time.perf_counter()
         yield
         self._teacher_seconds += time.perf_counter() - began
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time that is spent inside out of the training's speed."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._started += time.perf_counter() - began
 
     def flush(self) -> dict[str, float]:
         """Read and reset.

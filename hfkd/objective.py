@@ -144,11 +144,12 @@ class Objective(nn.Module):
             if not isinstance(term.loss, StateLoss):
                 term.loss.set_step(step, total)
 
-    def check_schedules(self, total: int) -> None:
+    def check_schedules(self, total: int, own_text: bool = False) -> None:
         """Refuse weights that leave some step of a run with nothing to learn from.
 
         Args:
             total: Optimizer steps of the run.
+            own_text: Whether the student may write the text of a step.
 
         Raises:
             ValueError: A schedule begins after the run, or at some step no term counts, or only terms that must not
@@ -156,10 +157,17 @@ class Objective(nn.Module):
         """
         schedules = [term.schedule for term in self.terms if term.schedule is not None]
         for step in sorted({step for schedule in schedules for step in schedule.turns(total)}):
+            now = [replace(term.at(step, total), schedule=None) for term in self.terms]
             try:
-                check_terms([replace(term.at(step, total), schedule=None) for term in self.terms])
+                check_terms(now)
             except ValueError as error:
                 raise ValueError(f"At step {step + 1} of {total}: {error}") from error
+            if own_text and not any(term.weight for term in now if not term.loss.learns_text):
+                raise ValueError(
+                    f"At step {step + 1} of {total} all terms that ask the teacher have weight 0, and the student may "
+                    "write the text, on which the others are left out: nothing would be learned. Begin above 0, or "
+                    "use answer='dataset'."
+                )
         self.set_step(0, total)
 
     def alone(self, name: str) -> Objective:
@@ -204,7 +212,7 @@ class Objective(nn.Module):
         _check_rows(student, teacher, targets, weights)
         spans = teacher.span if isinstance(teacher, AlignedRows) else None
         layout = replace(layout or RowLayout.single(len(student), targets.device), targets=targets, spans=spans)
-        terms = [term for term in self.terms if not (own_text and term.loss.fits_text)]
+        terms = [term for term in self.terms if not (own_text and term.loss.learns_text)]
         if not terms:
             raise ValueError(
                 f"The student wrote this text, and the terms {[term.name for term in self.terms]} all learn the text "
@@ -330,8 +338,12 @@ def _shared_vocabulary(head: Head, teacher: TeacherRows | None, targets: Tensor)
         return head, teacher
     shared = min(teacher.vocab_size, head.vocab_size)
     highest = int(targets.max()) if targets.numel() else 0
-    if isinstance(teacher, TopKRows | SampledRows) and teacher.ids.numel():
-        highest = max(highest, int(teacher.ids.max()))
+    listed = int(teacher.ids.max()) if isinstance(teacher, TopKRows | SampledRows) and teacher.ids.numel() else 0
+    if listed >= shared:
+        raise VocabularyError(
+            f"The teacher's sparse rows list the token id {listed}, but the student scores {head.vocab_size} ids "
+            "only. Make the rows of a teacher that is cut to the student's ids, as `hfkd cache` with its recipe does."
+        )
     if highest >= shared:
         raise VocabularyError(
             f"The token id {highest} is to be learned, but student and teacher share the first {shared} ids only "

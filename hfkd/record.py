@@ -174,8 +174,12 @@ def rows_fingerprint(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def recipe_fingerprint(resolved: Mapping[str, Any]) -> str:
-    """A hash of what decides the weights: the recipe without how long it trains and what it writes where."""
+    """A hash of what decides the weights: the recipe without how long it trains and what it writes where, and with a
+    cache by its presence alone: `check_same_cache` compares what is in it.
+    """
     kept = {section: value for section, value in resolved.items() if section != "hub"}
+    if (kept.get("teacher") or {}).get("cache") is not None:
+        kept["teacher"] = {**kept["teacher"], "cache": "cached"}
     training = resolved.get("training") or {}
     kept["training"] = {key: value for key, value in training.items() if not _FREE_TRAINING_KEYS.match(key)}
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
@@ -250,6 +254,27 @@ def check_same_data(folder: str | Path, data: Mapping[str, Any]) -> None:
                 f"or start "
                 "anew with --overwrite"
             )
+
+
+def check_same_cache(folder: str | Path, teacher: Mapping[str, Any]) -> None:
+    """Refuse to continue a run with another cache than it began with; it may lie elsewhere now.
+
+    Args:
+        folder: The output folder.
+        teacher: What the teacher says of itself.
+
+    Raises:
+        OutputFolderError: The cache holds other bytes.
+    """
+    record = Path(folder) / RECORD_NAME
+    if not record.exists():
+        return
+    before = json.loads(record.read_text(encoding="utf-8")).get("teacher", {}).get("sha256")
+    if before is not None and before != teacher.get("sha256"):
+        raise OutputFolderError(
+            f"teacher.cache is not the cache that the run in {folder} began with (sha256 {before[:12]}, this one has "
+            f"{str(teacher.get('sha256'))[:12]}); bring that one back, or start anew with --overwrite"
+        )
 
 
 def clear_output_folder(folder: str | Path) -> None:

@@ -59,6 +59,11 @@ def pad_token(tokenizer: PreTrainedTokenizerBase | None) -> int:
     return next((token for token in ids if token is not None), 0)
 
 
+def position_count(model: nn.Module) -> int | None:
+    """How many positions a model was made for; None where its configuration doesn't say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
 def check_head(model: nn.Module, view: View, tokens: int = 16) -> None:
     """Hold the logits rebuilt from the head against the model's own, on the first tokens of the first row.
 

@@ -26,7 +26,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from hfkd.batch import Batch, predicted
 from hfkd.callbacks import Steps
 from hfkd.checkpoint import load_companions, save_companions
-from hfkd.compatibility import check_devices, check_parts, check_room, check_second_view
+from hfkd.compatibility import check_devices, check_parts, check_second_view
 from hfkd.config import DistillationConfig
 from hfkd.data.collate import DistillationCollator
 from hfkd.data.prompts import PromptStyle
@@ -40,13 +40,13 @@ from hfkd.metrics import Meter, per_token
 from hfkd.objective import LossSum, Objective, build_objective
 from hfkd.rollout.base import Rollout
 from hfkd.rollout.buffer import OffPolicyBuffer
-from hfkd.rollout.hf import HFRollout
 from hfkd.rollout.on_policy import Mixture, Writer
 from hfkd.rows import DenseRows, Head, RowLayout, decode, supervised
 from hfkd.signal import STATES, TeacherSignal
 from hfkd.states import recording
 from hfkd.student import check_head, make_student, pad_token
 from hfkd.teachers import Teacher, as_teacher, evaluating
+from hfkd.writing import make_writer
 
 
 class DistillationTrainer(Trainer):
@@ -73,7 +73,7 @@ class DistillationTrainer(Trainer):
         answer: Who writes the text that is learned from: `dataset`; `student` or `teacher`, anew at every step; or
             shares of them, `{"student": 0.5, "dataset": 0.5}`, of which one is drawn for each step. On the student's
             own text, terms that learn the text itself (cross-entropy) are left out.
-        rollout: How text is written; None greedily, up to 32 tokens, with transformers.
+        rollout: How text is written; None greedily, up to 32 tokens or a stop string of `prompts`, with transformers.
         buffer: Keeps what was written, to be learned from again; None keeps nothing.
         callbacks: As in `Trainer`.
         optimizers: As in `Trainer`.
@@ -126,12 +126,12 @@ class DistillationTrainer(Trainer):
             "demonstrations": demonstrations,
             "student_shots": student_shots,
             "token_weights": token_weights,
-            "teacher": self.teacher if self.objective.needs else None,
+            "teacher": self.teacher if self.objective.needs or mixture.shares.get("teacher") else None,
             "own_collator": data_collator is not None,
         }
         written = mixture.writes and not mixture.shares.get("dataset")
         train_dataset = self._views(train_dataset, processing_class, placeholder=written)
-        eval_dataset = self._views(eval_dataset, processing_class)
+        eval_dataset = self._views(eval_dataset, processing_class, name="evaluation")
         check_second_view(self.objective, self.teacher, train_dataset)
         super().__init__(
             model=make_student(model, peft_config, args),
@@ -146,18 +146,18 @@ class DistillationTrainer(Trainer):
         )
         self._prepare_teacher(train_dataset, eval_dataset)
         self._prepare_objective()
-        self.writer = self._prepare_writer(mixture, rollout, buffer, train_dataset)
+        self.writer = self._make_writer(mixture, rollout, buffer)
         self.meter = Meter(self.args.device)
 
     # --- before training
 
-    def _views(self, rows: Any, tokenizer: PreTrainedTokenizerBase | None, placeholder: bool = False) -> Any:
+    def _views(self, rows: Any, tokenizer: PreTrainedTokenizerBase | None, **options: Any) -> Any:
         """Rows as two views, or several sets of them by name; what is meant for a collator of the user's own as it
         is.
         """
         if isinstance(rows, Mapping):
-            return {name: self._views(some, tokenizer, placeholder) for name, some in rows.items()}
-        return as_views(rows, tokenizer, self._prompts, **self._view_settings, placeholder=placeholder)
+            return {name: self._views(some, tokenizer, **options) for name, some in rows.items()}
+        return as_views(rows, tokenizer, self._prompts, **self._view_settings, **options)
 
     def _prepare_teacher(self, dataset: Any, eval_dataset: Any) -> None:
         check_devices(self.args)
@@ -175,25 +175,17 @@ class DistillationTrainer(Trainer):
         for known in (one for one in several if isinstance(one, DistillationDataset)):
             self.teacher.meet(known, training=False)
 
-    def _prepare_writer(
-        self, mixture: Mixture, rollout: Rollout | None, buffer: OffPolicyBuffer | None, dataset: Any
-    ) -> Writer | None:
+    def _make_writer(self, mixture: Mixture, rollout: Rollout | None, buffer: OffPolicyBuffer | None) -> Writer | None:
         """What writes the text of a step, where it isn't the data set's."""
-        if not mixture.writes:
-            return None
-        if rollout is None:
-            if self.processing_class is None:
-                raise ValueError("Text is to be written, and there is no tokenizer. Pass `processing_class=`.")
-            rollout = HFRollout(self.processing_class)
-        check_room(dataset, getattr(rollout, "settings", None))
-        return Writer(
-            mixture,
-            rollout,
-            seed=self.args.seed,
+        return make_writer(
+            *(mixture, rollout, buffer),
+            model=self.model,
             student=self._student,
-            teacher=self.teacher.weights,
-            buffer=buffer,
-            pad_id=pad_token(self.processing_class),
+            teacher=self.teacher,
+            dataset=self.train_dataset,
+            tokenizer=self.processing_class,
+            style=self._prompts,
+            seed=self.args.seed,
         )
 
     @contextmanager
@@ -298,7 +290,7 @@ class DistillationTrainer(Trainer):
             self._check_heads(module, batch)
         signal: TeacherSignal | None = None
         if self.objective.needs:
-            with self.meter.teaching():
+            with self.meter.teaching(self.model.training):
                 signal = self.teacher.signal(batch, self.objective.needs)
         view = batch.student
         with recording(module, self.objective.layers[0]) as recorder:
@@ -341,6 +333,12 @@ class DistillationTrainer(Trainer):
 
     # --- evaluation
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """As in `Trainer`; rows are made into views first."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self._views(eval_dataset, self.processing_class, name="evaluation")
+        return super().get_eval_dataloader(eval_dataset)
+
     def prediction_step(
         self,
         model: nn.Module,
@@ -360,7 +358,8 @@ class DistillationTrainer(Trainer):
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """As in `Trainer`, with the loss per token over the whole set, and each term beside it."""
         self._eval_sums = []
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        with self.meter.paused():
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         sums, self._eval_sums = self._eval_sums, None
         agreement = bool(self.objective.needs) and self.args.log_agreement
         for name, value in per_token(sums, self.args.device, agreement).items():

@@ -26,13 +26,17 @@ WAYS: dict[str, list[str]] = {
     "teacher's text, reverse KL": _REVERSE,
     "student's text, reverse KL": ["data.answer=student", *_SAMPLED, *_REVERSE],
     "half student's, half labels, reverse KL": ["data.answer={student: 0.5, dataset: 0.5}", *_SAMPLED, *_REVERSE],
-    "labels, cross-entropy": ["data.answer=dataset", "teacher={kind: none}", "loss.terms=[{kind: cross_entropy}]"],
+    "labels, cross-entropy": [
+        *("data.answer=dataset", "data.teacher_max_length=null"),
+        *("teacher={kind: none}", "loss.terms=[{kind: cross_entropy}]"),
+    ],
 }
 CACHED = "teacher's text, cached"
+DONE = "compared.json"
 
 
 def run_way(task: str, way: str, model: str | None, steps: int, output: Path) -> dict[str, Any]:
-    """Run one way of one task, and return what the table needs.
+    """Run one way of one task, unless it has run, and return what the table needs.
 
     Args:
         task: The name of a recipe in recipes/secokd.
@@ -45,6 +49,9 @@ def run_way(task: str, way: str, model: str | None, steps: int, output: Path) ->
     from hfkd.run import run_recipe
 
     folder = output / task / "".join(letter if letter.isalnum() else "_" for letter in way)
+    done = folder / DONE
+    if done.is_file():
+        return json.loads(done.read_text(encoding="utf-8"))
     overrides = [
         *WAYS[way],
         f"training.output_dir={folder}",
@@ -61,7 +68,7 @@ def run_way(task: str, way: str, model: str | None, steps: int, output: Path) ->
         overrides.append(f"teacher.cache={folder.with_name('cache')}")
     result = run_recipe(load_recipe(path, overrides))
     durations = result.record.durations
-    return {
+    kept = {
         "task": task,
         "way": way,
         "steps": steps,
@@ -70,6 +77,8 @@ def run_way(task: str, way: str, model: str | None, steps: int, output: Path) ->
         "training_seconds": durations["training"],
         "seconds_before_training": round(durations.get("teacher_answers", 0.0) + building, 1),
     }
+    done.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+    return kept
 
 
 def _build(recipe: Any, folder: Path) -> float:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -35,6 +36,7 @@ from hfkd.cache import (
     texts_of,
     view_keys,
 )
+from hfkd.cache.folder import LOCK_NAME, alone_in
 
 CODECS = [TopK(16), TopK(16, True), Sampled(20), Sampled(20, 0.8, True), Hidden(), Hidden("bfloat16")]
 _IDS = ["topk", "topk-compact", "sampled", "sampled-compact", "hidden", "hidden-bfloat16"]
@@ -279,12 +281,101 @@ def test_shards_without_a_manifest_are_not_trusted(tmp_path: Path) -> None:
     (tmp_path / "cache" / "manifest.json").unlink()
     with pytest.raises(CacheError, match="no manifest.json.*--overwrite"):
         make_writer(tmp_path / "cache", TopK(16)).open()
-    (tmp_path / "cache" / "mine.txt").write_text("stays")
-    clear_cache(tmp_path / "cache")
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["mine.txt"]
-    (tmp_path / "cache" / "manifest.json").write_text('{"name": "my app"}')
-    with pytest.raises(CacheError, match="no cache's"):
-        clear_cache(tmp_path / "cache")
+    assert clear_cache(tmp_path / "cache") and not content(tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("manifest.json", '{"name": "my app"}'), ("manifest.json", "[]"), ("part-00000.parquet", "mine")],
+)
+def test_files_that_only_have_a_caches_names_stay(tmp_path: Path, name: str, text: str) -> None:
+    """`--overwrite` in a folder of a user's would delete an app's manifest or somebody else's data."""
+    (tmp_path / name).write_text(text)
+    (tmp_path / "part-00001.json").write_text("{}")
+    before = content(tmp_path)
+    with pytest.raises(CacheError, match="nothing is deleted"):
+        clear_cache(tmp_path)
+    assert content(tmp_path) == before
+
+
+def test_what_lies_beside_a_cache_stays(tmp_path: Path) -> None:
+    """Files whose names merely resemble a cache's were deleted with it, and so were those that a build cleaned up."""
+    names = ("mine.txt", "README.md", "part-notes.json", "part-1.parquet", "model.safetensors", ".x.draft-7")
+    tmp_path.joinpath("cache").mkdir()
+    for name in names:
+        (tmp_path / "cache" / name).write_text("mine")
+    build(tmp_path / "cache", Hidden())
+    assert clear_cache(tmp_path / "cache")
+    assert content(tmp_path / "cache") == dict.fromkeys(sorted(names), b"mine")
+    assert not clear_cache(tmp_path / "cache")
+
+
+def test_a_draft_of_a_killed_write_does_not_block_the_folder(tmp_path: Path) -> None:
+    """A build that was killed in its first write leaves no manifest, and nothing to be afraid of."""
+    (tmp_path / ".manifest.json.draft-12").write_text("{")
+    assert not make_writer(tmp_path, TopK(16)).open()
+    assert clear_cache(tmp_path) and not content(tmp_path)
+
+
+def test_one_build_at_a_time(tmp_path: Path) -> None:
+    """Two builds in one folder delete each other's drafts and end in an error that names a file nobody knows."""
+    folder = tmp_path / "cache"
+    with alone_in(folder):
+        with pytest.raises(CacheError, match="Another build runs in"), alone_in(folder):
+            pass
+        build(folder, TopK(16))
+    assert find_faults(folder, Manifest.read(folder)) == [] and not (folder / LOCK_NAME).exists()
+    (folder / LOCK_NAME).write_text("")  # as a killed build leaves it
+    with alone_in(folder):
+        pass
+    assert not (folder / LOCK_NAME).exists()
+    with alone_in(tmp_path / "nothing"):
+        pass
+    assert not (tmp_path / "nothing").exists(), "a build that was refused leaves no folder"
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    """A bare "File exists" doesn't say which option is wrong, nor does the advice to build into a file."""
+    (tmp_path / "file").write_text("mine")
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(CacheError, match="--out: .* is a file"), alone_in(place):
+            pass
+    with pytest.raises(CacheError, match="is a file; a cache is a folder"):
+        Manifest.read(tmp_path / "file")
+
+
+def test_more_ids_than_there_are_leave_no_folder(tmp_path: Path) -> None:
+    """A manifest that was written before the fault was found would refuse the mended command."""
+    with pytest.raises(CacheError, match="k is 500.*384"):
+        make_writer(tmp_path / "cache", TopK(500)).open()
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_build_goes_on_in_its_own_batches(tmp_path: Path) -> None:
+    """Who gave another --batch-size after a kill was told to delete hours of work."""
+    writer = make_writer(tmp_path / "cache", TopK(16))
+    writer.open()
+    writer.begin()
+    with pytest.raises(CacheError, match=r"build.batch_size.*begun with --batch-size 4 and goes on.*--overwrite"):
+        make_writer(tmp_path / "cache", TopK(16), batch_size=5).open()
+    with pytest.raises(CacheError) as problem:
+        make_writer(tmp_path / "cache", TopK(17), batch_size=5).open()
+    assert "goes on" not in str(problem.value)
+
+
+@pytest.mark.parametrize("codec", [TopK(16), TopK(16, True), Sampled(20), Hidden()])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_head_that_makes_no_distribution_is_refused(tmp_path: Path, codec, value: float) -> None:
+    """NaN was kept as if it were a distribution, and came to light as a loss, a night later."""
+    model = make_model(seed=1)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[7, 3] = value
+    say, writer = speaker(make_model(seed=1)), make_writer(tmp_path / "cache", codec, model=model)
+    with pytest.raises(CacheError, match="aren't finite"):
+        writer.open()
+        writer.begin()
+        writer.write(lambda view: replace(say(view), head=writer.head))
+    assert not list(tmp_path.glob("cache/part-*"))
 
 
 def test_states_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
@@ -330,6 +421,26 @@ def test_a_disk_that_fills_up_leaves_whole_shards(tmp_path: Path, monkeypatch: p
     assert whole and all(content(tmp_path / "cache")[name] == content(tmp_path / "straight")[name] for name in whole)
     build(tmp_path / "cache", codec)
     assert content(tmp_path / "cache") == content(tmp_path / "straight")
+
+
+def test_a_disk_that_is_full_at_the_end_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ "0 shards that are missing" names no reason to make room."""
+    codec = TopK(16)
+    writer = make_writer(tmp_path / "cache", codec, model=(model := make_model(seed=1)))
+    writer.open()
+    writer.begin()
+    writer.write(speaker(model))
+
+    def full(number: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(CacheError, match="all shards are written, and manifest.json.*couldn't be.*goes on"):
+            writer.finish()
+    assert Manifest.read(tmp_path / "cache").status == "building"
+    build(tmp_path / "cache", codec)
+    assert Manifest.read(tmp_path / "cache").status == "complete"
 
 
 def test_another_fault_of_the_disk_is_not_called_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -394,3 +505,73 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
     manifest.write(tmp_path / "cache")
     with pytest.raises(CacheError, match="format_version: .* 99"):
         Manifest.read(tmp_path / "cache")
+
+
+@pytest.fixture
+def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where uncompressed copies lie, and none yet."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "copies")
+    return tmp_path / "copies" / "hfkd_cache"
+
+
+def test_what_is_read_is_what_was_checked(tmp_path: Path, copies: Path) -> None:
+    """The shards were hashed, and rows were read from an unchecked copy: its damage taught without a word."""
+    folder, text = tmp_path / "cache", next(iter(texts_of(make_dataset())))
+    manifest = build(folder, Hidden())
+    key, tokens = row_key(text["input_ids"], text["labels"]), sum(label != -100 for label in text["labels"][1:])
+
+    def states() -> torch.Tensor:
+        return CacheReader(folder, manifest).rows([key], [tokens], torch.device("cpu")).hidden.clone()
+
+    before, (copy,) = states(), copies.glob("*.arrow")
+    whole = copy.read_bytes()
+    for damaged in (whole[:-1], bytes(byte ^ 1 for byte in whole), b""):
+        copy.unlink()  # another file: the old one may still be mapped
+        copy.write_bytes(damaged)
+        assert torch.equal(states(), before)
+        assert copy.read_bytes() == whole
+    other = build(tmp_path / "other", Hidden(), model=make_model(seed=2))
+    CacheReader(tmp_path / "other", other)
+    assert len(list(copies.glob("*.arrow"))) == 2, "another cache has a copy of its own"
+    assert torch.equal(states(), before)
+
+
+def test_a_copy_that_finds_no_room_leaves_nothing(
+    tmp_path: Path, copies: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The message must name the place that is full, which is not the folder of the cache."""
+    manifest = build(tmp_path / "cache", TopK(16))
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(CacheError, match="copy .*hfkd_cache.*No space left.*HF_DATASETS_CACHE"):
+        CacheReader(tmp_path / "cache", manifest)
+    assert not list(copies.glob("*.arrow*"))
+
+
+@pytest.mark.parametrize("damage", ["shard", "head", "torn head", "other shards", "other codec"])
+def test_damage_is_named_without_hashes_too(tmp_path: Path, copies: Path, damage: str) -> None:
+    """Who leaves out the hashing of terabytes got an error of Arrow's, or "16 rows, the manifest says 16"."""
+    folder = tmp_path / "cache"
+    manifest = build(folder, Hidden())
+    words = {"shard": "lacks part-00001.parquet", "head": "lacks head.safetensors"}.get(
+        damage, "anew with --overwrite"
+    )
+    if damage == "shard":
+        (folder / "part-00001.parquet").unlink()
+    elif damage == "head":
+        (folder / "head.safetensors").unlink()
+    elif damage == "torn head":
+        (folder / "head.safetensors").write_bytes(b"x")
+    else:
+        codec = TopK(16) if damage == "other codec" else Hidden()
+        theirs = build(tmp_path / "other", codec, dataset=make_dataset(ROWS[1:17]))
+        for shard in theirs.shards:
+            shutil.copy(tmp_path / "other" / shard["name"], folder)
+        if damage == "other shards":
+            assert theirs.build["tokens"] != manifest.build["tokens"]
+            words = rf"16 rows with {theirs.build['tokens']} tokens, the manifest says 16 with \d+"
+    with pytest.raises(CacheError, match=words):
+        CacheReader(folder, manifest, verify=False)

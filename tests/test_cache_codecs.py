@@ -10,7 +10,7 @@ from hfkd.cache import CacheError, Hidden, Sampled, TopK, make_codec
 from hfkd.cache.code import Reading
 from hfkd.cache.packing import bits_for, pack_ids, quantise, restore, restored_error, unpack_ids
 from hfkd.losses import ForwardKL
-from hfkd.rows import Head, TopKRows
+from hfkd.rows import LOWEST, Head, TopKRows
 from hfkd.support import TokenChunk
 
 CPU = torch.device("cpu")
@@ -67,6 +67,49 @@ def test_the_bound_of_eight_bits_is_tight() -> None:
     codes, bounds = quantise(exact)
     error = (restore(codes, bounds) - exact).abs()
     assert float((error / restored_error(exact, bounds)).max()) > 0.7
+
+
+@pytest.mark.parametrize("never", [-1e4, float("-inf")])
+def test_an_id_that_is_ruled_out_costs_the_others_nothing(never: float) -> None:
+    """One masked id stretched the range to ten thousand nats, and eight bits kept nothing of all others."""
+    exact = distributions(16, 200, 3.0).topk(40, dim=-1).values
+    alone = (restore(*quantise(exact[:, :39])) - exact[:, :39]).abs()
+    ruled = exact.clone()
+    ruled[:8, 39] = never
+    codes, bounds = quantise(ruled)
+    found = restore(codes, bounds)
+    assert bool((found[:8, 39] == LOWEST).all()) and bool((codes[:8, :39] < 255).all())
+    assert bool((bounds[:8, 1] < 0).all()) and bool((bounds[8:, 1] > 0).all())
+    error = (found - exact).abs()
+    error[:8, 39] = 0
+    assert bool((error <= restored_error(exact, bounds)).all())
+    assert float(error[:8].max()) < 1.05 * float(alone.max()) + 1e-3
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_a_teacher_with_masked_ids_comes_back(compact: bool) -> None:
+    """The same through the codec of all ids: what is ruled out stays so, and the mass of the others sums to 1."""
+    logits = 3 * torch.randn(8, V, generator=torch.Generator().manual_seed(0))
+    logits[:, 5] = float("-inf")
+    found = torch.log_softmax(logits, dim=-1)
+    rows, _ = round_trip(TopK(V, compact), found)
+    kept = rows.log_probs.gather(-1, rows.ids.argsort(dim=-1))
+    assert bool((kept[:, 5] < -9e3).all())
+    others = torch.arange(V) != 5
+    assert float((kept - found)[:, others].abs().max()) < 0.1
+    torch.testing.assert_close(kept.logsumexp(dim=-1), torch.zeros(8), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("codec", [TopK(16), TopK(16, True), Sampled(20), Sampled(20, 0.8, True)])
+def test_a_text_without_a_token_is_no_row(codec) -> None:
+    """A text of which nothing is learned broke the reading of its whole batch."""
+    found = distributions(4)
+    rows, _ = round_trip(codec, found, KEYS, [3, 0, 1])
+    alone, _ = round_trip(codec, found, KEYS[::2], [3, 1])
+    assert len(rows) == 4
+    assert torch.equal(rows.ids, alone.ids) and torch.equal(rows.log_probs, alone.log_probs)
+    none, _ = round_trip(codec, found[:0], KEYS[:1], [0])
+    assert len(none) == 0
 
 
 @pytest.mark.parametrize("compact", [False, True])

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
+from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from caches import build, first_view, make_dataset, speaker
+from caches import build, content, first_view, make_dataset, speaker
 from conftest import make_model, make_tokenizer
 from rich.console import Console
 from training import ROWS, make_trainer, run, trained_weights, worst_difference
@@ -18,14 +21,19 @@ from typer.testing import CliRunner
 from hfkd import PromptStyle
 from hfkd.batch import Batch
 from hfkd.cache import CacheError, Hidden, Manifest, Sampled, TopK
+from hfkd.cache.folder import alone_in
 from hfkd.cli.main import app
 from hfkd.recipe import load_recipe
+from hfkd.record import OutputFolderError
 from hfkd.run import caching, run_recipe
 from hfkd.run.caching import build_cache, dataset_card, push_cache
-from hfkd.run.expected import expected_contract, name_of
+from hfkd.run.expected import expected_contract, name_of, teacher_contract
+from hfkd.run.texts import answered_rows, answers_fingerprint, visited_rows
+from hfkd.run.texts import make_dataset as make_views
 from hfkd.signal import DISTRIBUTION
 from hfkd.teachers import LocalTeacher
 from hfkd.teachers.cached import CachedTeacher
+from hfkd.teachers.several import RoutedTeacher
 
 VERBS = ["walk", "talk", "jump", "look", "call", "ask", "work", "play", "help", "turn", "move", "live", "love", "use",
          "open", "close", "wash", "push", "pull", "cook"]  # fmt: skip
@@ -250,11 +258,49 @@ def test_what_a_cache_cannot_do_is_said(caches: Path, tmp_path: Path) -> None:
         )
     folder = tmp_path / "sampled"
     build(folder, Sampled(20))
-    with pytest.raises(ValueError):
-        make_trainer(tmp_path / "b", teacher=CachedTeacher(folder), objective="reverse_kl").train()
+    with pytest.raises(ValueError, match=r"drawn ids only.*\['reverse_kl'\].*forward_kl"):
+        make_trainer(tmp_path / "b", teacher=CachedTeacher(folder), objective=["forward_kl", "reverse_kl"])
+    make_trainer(tmp_path / "c", teacher=CachedTeacher(folder), objective=["forward_kl", "cross_entropy"])
     described = CachedTeacher(caches / "topk").describe()
     assert described["kind"] == "cached" and described["codec"]["k"] == 300 and described["teacher"]["model"] == "tiny"
     assert str(caches) not in json.dumps(described)
+
+
+@pytest.mark.parametrize("name", ["hidden", "topk", "compact"])
+def test_a_batch_may_have_texts_without_a_token(caches: Path, name: str) -> None:
+    """A text that was cut before its answer isn't in the cache, and nothing of it is asked for."""
+    teacher = CachedTeacher(caches / name)
+    teacher.prepare(_Machine(), torch.nn.Identity())
+    view = first_view(make_dataset(), 3)
+    labels = view.labels.clone()
+    labels[1] = -100
+    whole = teacher.signal(Batch(view), frozenset({DISTRIBUTION})).rows
+    part = teacher.signal(Batch(replace(view, labels=labels)), frozenset({DISTRIBUTION})).rows
+    counts = [int((row[1:] != -100).sum()) for row in view.labels]
+    others = [*range(counts[0]), *range(counts[0] + counts[1], sum(counts))]
+    shown = "hidden" if name == "hidden" else "log_probs"
+    assert torch.equal(getattr(part, shown), getattr(whole, shown)[others])
+    none = teacher.signal(Batch(replace(view, labels=torch.full_like(labels, -100))), frozenset({DISTRIBUTION})).rows
+    assert len(none) == 0
+
+
+def test_a_cache_among_several_teachers(caches: Path, tmp_path: Path) -> None:
+    """The number of ids of a member without a model was asked of its model, and the run failed."""
+    rows = [{**row, "teacher": "ab"[place % 2]} for place, row in enumerate(ROWS[:16])]
+    losses = []
+    for first in (local(), CachedTeacher(caches / "hidden", subset=True)):
+        teacher = RoutedTeacher({"a": first, "b": LocalTeacher(make_model(seed=2))})
+        losses.append(run(tmp_path / str(len(losses)), teacher=teacher, rows=rows)[1])
+    assert CachedTeacher(caches / "hidden").vocab_size == 384
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_ids_that_the_student_does_not_score_are_named(tmp_path: Path) -> None:
+    """ "The token id 447 is to be learned" sends the reader to the data, and the data are right."""
+    build(tmp_path / "cache", TopK(448), model=make_model(seed=1, vocab_size=448))
+    trainer = make_trainer(tmp_path / "run", teacher=CachedTeacher(tmp_path / "cache"))
+    with pytest.raises(ValueError, match="sparse rows list the token id 447, but the student scores 384"):
+        trainer.train()
 
 
 # --- recipes and the command
@@ -321,10 +367,12 @@ def test_a_run_with_a_cache_is_the_run_without(
     """`teacher.cache` must change where the teacher speaks and nothing that it says; the model is not loaded."""
     settings = (*overrides, "training.logging_steps=1", "training.disable_tqdm=true")
     make("cache", *overrides, codec=Hidden())
+    before = content(folder / "cache")
     plain = _losses(*settings, "training.output_dir=plain")
     monkeypatch.setattr(LocalTeacher, "prepare", lambda *_: pytest.fail("the teacher was loaded"))
     cached = _losses(*settings, "training.output_dir=cached", "teacher.cache=cache")
     assert len(plain) == 2 and cached == pytest.approx(plain, rel=1e-5)
+    assert content(folder / "cache") == before, "a cache is read, and nothing is written into it"
     record = json.loads(Path("cached/run.json").read_text())
     assert record["teacher"]["kind"] == "cached" and record["teacher"]["codec"]["kind"] == "hidden"
     with pytest.raises(CacheError, match=r"\bprompt: the cache has"):
@@ -353,6 +401,113 @@ def test_another_recipe_is_refused(folder: Path, overrides: tuple[str, ...], fie
         make("cache", *overrides)
     manifest, _ = make("cache", *overrides, overwrite=True)
     assert manifest.status == "complete"
+
+
+ANSWERS = ("data.answer=teacher", *LOCAL)
+
+
+def test_more_steps_leave_a_finished_cache_as_it_is(folder: Path) -> None:
+    """New answers were written into a cache that was complete, and then the build failed."""
+    make("cache", *ANSWERS)
+    before = content(folder / "cache")
+    with pytest.raises(ValueError, match="lacks the teacher's answers to .* of .* prompts"):
+        make("cache", *ANSWERS, "training.max_steps=4")
+    with pytest.raises(ValueError, match="lacks the teacher's answers to .* of .* prompts"):
+        _losses(*ANSWERS, "training.max_steps=4", "teacher.cache=cache", "training.output_dir=more")
+    assert content(folder / "cache") == before
+    manifest, _ = make("cache", *ANSWERS, "training.max_steps=4", overwrite=True)
+    assert manifest.build["rows"] == 8
+
+
+def test_a_cache_with_answers_may_be_moved(folder: Path) -> None:
+    """The answers were tied to the path of the teacher's folder, so no other machine could read them."""
+    make("cache", *ANSWERS)
+    shutil.copytree("big", "far/away/big")
+    shutil.rmtree("big")
+    shutil.move("cache", "moved")
+    assert str(folder) not in (folder / "moved" / "teacher_answers.jsonl").read_text()
+    _losses(*ANSWERS, "teacher.model=far/away/big", "teacher.cache=moved", "training.output_dir=a")
+
+
+def test_a_cache_of_answers_has_no_order(folder: Path) -> None:
+    """Without `subset` the order was looked up in a contract that has none."""
+    make("cache", *ANSWERS, codec=Hidden())
+    told = caching._without_models(load_recipe("recipe.yaml", list(ANSWERS)))
+    told.teacher = CachedTeacher("cache", subset=False)
+    told.teacher.prepare(_Machine(), torch.nn.Identity())
+    rows = visited_rows(told, caching.fitting(told)[0])
+    answered = answered_rows(told, rows, Path("cache"), written=True)
+    told.teacher.meet(make_views(told, answered, told.teacher, told.objective))
+
+
+def test_a_run_goes_on_with_a_cache_that_was_moved(folder: Path) -> None:
+    """The place of a cache decides no weight, its bytes do: the first may change, the second may not."""
+    make("cache")
+    make("other", codec=TopK(17))
+    settings = ("training.save_steps=1", "training.logging_steps=1")
+    straight = _losses(*settings, "teacher.cache=cache")
+    shutil.rmtree("out/checkpoint-2")
+    shutil.move("cache", "moved")
+    resume = (*settings, "training.run_policy=resume")
+    with pytest.raises(OutputFolderError, match="teacher.cache is not the cache that"):
+        _losses(*resume, "teacher.cache=other")
+    with pytest.raises(OutputFolderError, match="another recipe"):
+        _losses(*resume)
+    assert _losses(*resume, "teacher.cache=moved") == pytest.approx(straight, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("terms", "codec", "words"),
+    [
+        ("[{kind: forward_kl}, {kind: reverse_kl}]", Sampled(20), r"\['reverse_kl'\] read whole distributions"),
+        ("[{kind: forward_kl}, {kind: hidden_cosine}]", Hidden(), r"\['hidden_cosine'\] read the states"),
+        ("[{kind: forward_kl}]", TopK(500), "codec.k is 500.*384"),
+    ],
+)
+def test_a_cache_that_nobody_could_read_is_not_built(folder: Path, terms: str, codec, words: str) -> None:
+    """A night of a teacher, and the run that it was for is refused in the morning."""
+    with pytest.raises(ValueError, match=words):
+        make("cache", *LOCAL, f"loss.terms={terms}", codec=codec)
+    assert not Path("cache").exists()
+
+
+def test_two_builds_of_a_recipe_do_not_meet(folder: Path) -> None:
+    """The second one says why it doesn't begin; a finished cache is no build, and may lie where nobody writes."""
+    with alone_in(folder / "cache"), pytest.raises(CacheError, match="Another build runs in cache"):
+        make("cache")
+    make("cache")
+    with alone_in(folder / "cache"):
+        assert "already complete" in make("cache")[1]
+    Path("file").write_text("mine")
+    with pytest.raises(CacheError, match="--out: file is a file"):
+        make("file")
+
+
+def test_how_a_teacher_is_loaded_is_part_of_it(folder: Path) -> None:
+    """An argument that only one side has was not compared, so that another teacher was accepted; where its files are
+    fetched is nobody's business.
+    """
+    kwargs = "teacher.load_kwargs={attn_implementation: eager}"
+    manifest, _ = make("cache", *LOCAL, kwargs)
+    assert manifest.contract["teacher"]["load_kwargs"] == {"attn_implementation": "eager"}
+    for other in ((), ("teacher.load_kwargs={attn_implementation: eager, subfolder: .}",)):
+        with pytest.raises(CacheError, match=r"teacher.load_kwargs: the cache has {'attn_implementation': 'eager'}"):
+            _losses(*LOCAL, *other, "teacher.cache=cache")
+    fetched = "{attn_implementation: eager, cache_dir: /home/me, local_files_only: true, token: x, device_map: auto}"
+    recipe = load_recipe("recipe.yaml", [*LOCAL, f"teacher.load_kwargs={fetched}"])
+    assert teacher_contract(recipe) == manifest.contract["teacher"]
+    assert answers_fingerprint(recipe)["load_kwargs"] == {"attn_implementation": "eager"}
+
+
+def test_a_part_of_a_folder_is_known_by_its_own_weights(tmp_path: Path) -> None:
+    """With `subfolder` the weights that were hashed weren't those that are loaded; files beside them don't count."""
+    for name, seed in (("a", 1), ("b", 2)):
+        make_model(seed=seed).save_pretrained(tmp_path / "all" / name)
+    names = {name_of(str(tmp_path / "all"), part) for part in ("a", "b")}
+    assert len(names) == 2 and all(name.startswith("all@") for name in names)
+    for name in ("config.json", "generation_config.json", "training_args.bin", "optimizer.bin"):
+        (tmp_path / "all" / "a" / name).write_text('{"saved": "anew"}')
+    assert name_of(str(tmp_path / "all"), "a") in names
 
 
 def test_a_teacher_that_was_trained_on_is_another_one(folder: Path) -> None:
@@ -406,14 +561,22 @@ def test_the_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def upload_folder(self, **settings) -> None:
             calls.append(("upload", settings))
 
+        def upload_file(self, **settings) -> None:
+            calls.append(("card", settings))
+
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
     line = ["cache", "recipe.yaml", "--out", "cache", "--codec", "sampled", "--rounds", "20", "--compact"]
     result = CliRunner().invoke(app, [*line, "--push", "me/cache", "student.dtype=float32"])
     assert result.exit_code == 0, result.output
     assert Manifest.read(folder / "cache").contract["codec"]["rounds"] == 20
     assert calls[0] == ("create", {"repo_id": "me/cache", "repo_type": "dataset", "private": True, "exist_ok": True})
-    assert calls[1][1]["repo_type"] == "dataset" and "part-*.parquet" in calls[1][1]["allow_patterns"]
-    header = yaml.safe_load((folder / "cache" / "README.md").read_text().split("---")[1])
+    sent = calls[1][1]
+    assert sent["repo_type"] == "dataset" and sent["allow_patterns"][:2] == ["part-00000.parquet", "manifest.json"]
+    assert fnmatch(f"part-{10**6}.parquet", sent["delete_patterns"][0]), "shards of an older cache would be rows"
+    assert not fnmatch("part-mine.parquet", sent["delete_patterns"][0])
+    assert not (folder / "cache" / "README.md").exists(), "a run's own card may lie there"
+    assert calls[2][1]["path_in_repo"] == "README.md"
+    header = yaml.safe_load(calls[2][1]["path_or_fileobj"].decode().split("---")[1])
     assert header["configs"] == [{"config_name": "default", "data_files": "part-*.parquet"}]
     wrong = CliRunner().invoke(app, ["cache", "recipe.yaml", "--out", "x", "--codec", "hidden", "--k", "3"])
     assert wrong.exit_code == 2 and "--k belongs to --codec topk" in wrong.output
@@ -424,7 +587,9 @@ def test_the_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_unfinished_cache_is_not_pushed(folder: Path) -> None:
     """Half a cache on the hub would be taken for a whole one by everybody else."""
     manifest, _ = make("cache")
-    assert "| Supervised tokens | " in dataset_card(manifest)
+    card = dataset_card(manifest)
+    assert "| Supervised tokens | " in card and "None" not in card
+    assert "error\\| <= 2^-11 \\|log p\\| |" in card, "a bar ends a cell"
     manifest.status = "building"
     manifest.write(folder / "cache")
     with pytest.raises(CacheError, match="isn't finished"):

@@ -255,10 +255,11 @@ def test_different_texts_are_refused():
 ROWS = [{"prompt": "go", "completion": "went away"}, {"prompt": "walk", "completion": "walked, 42 éa 🎉"}]
 
 
-def dataset(style: str = "text", rows: list[dict] = ROWS, teacher=None, **settings) -> DistillationDataset:
-    builders = [
-        PromptBuilder(tokenizer, PromptStyle(style=style)) for tokenizer in (make_tokenizer(), teacher or unigram())
-    ]
+def dataset(
+    style: str = "text", rows: list[dict] = ROWS, teacher=None, prompt: dict | None = None, **settings
+) -> DistillationDataset:
+    written = PromptStyle(style=style, **prompt or {})
+    builders = [PromptBuilder(tokenizer, written) for tokenizer in (make_tokenizer(), teacher or unigram())]
     return DistillationDataset(rows, builders[0], teacher_builder=builders[1], **settings)
 
 
@@ -327,6 +328,29 @@ def test_a_row_that_both_write_differently_is_named():
         ValueError, match="training row 0: student and teacher don't read the same answer: 'went away'"
     ):
         dataset("chat", teacher=louder)
+
+
+def test_an_answer_that_one_vocabulary_cannot_write_is_dropped_where_asked():
+    """Prevents one foreign row from ending a run over a file that is to be cleaned as it is read."""
+    rows = [ROWS[0], {"prompt": "sing", "completion": "漢字"}, ROWS[1]]
+    bare = {"answer": "{completion}"}
+    with pytest.raises(ValueError, match="training row 1: .*no piece of the answer's text in common.*too_long to dr"):
+        dataset(rows=rows, prompt=bare)
+    data = dataset(rows=rows, prompt=bare, too_long="drop")
+    assert data.dropped == 1 and data.kept == [0, 2] and len(data._spans) == len(data) == 2
+    assert [data[place]["teacher_span"] for place in range(2)] == [
+        dataset(prompt=bare)[place]["teacher_span"] for place in range(2)
+    ]
+    with pytest.raises(
+        ValueError, match="none of 1 training rows is left: 1 are longer .*, or hold nothing that both"
+    ):
+        dataset(rows=rows[1:2], prompt=bare, too_long="drop")
+    louder = unigram()
+    louder.chat_template = louder.chat_template.replace(
+        "{{ message['content'] }}</s>", "{{ message['content'] }}!</s>"
+    )
+    with pytest.raises(ValueError, match="don't read the same answer"):  # no fault of the row
+        dataset("chat", teacher=louder, too_long="drop")
 
 
 def test_a_tokenizer_that_does_not_know_its_places_is_refused():

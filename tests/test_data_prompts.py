@@ -10,8 +10,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from hfkd.batch import IGNORE
+from hfkd.data.messages import completion_text, prompt_key
 from hfkd.data.prompts import PromptBuilder, PromptStyle
-from hfkd.data.tokenize import encode, prompt_length
+from hfkd.data.tokenize import answer_start, encode, prompt_length
 from tests.conftest import CHAT_TEMPLATE, CORPUS, make_tokenizer
 
 GO = {"prompt": "go", "completion": "went"}
@@ -209,6 +210,25 @@ def test_a_generated_text_comes_back_as_a_completion(tokenizer, text: str) -> No
     assert messages["messages"][1] == assistant("gone")
 
 
+@pytest.mark.parametrize("marked", [True, False])
+def test_an_unanswered_conversation_is_answered_behind_its_last_turn(marked: bool) -> None:
+    """The user's question was overwritten by the answer, and the student learned to speak as the user."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE if marked else UNMARKED
+    builder, asked = PromptBuilder(tokenizer), {"messages": [user("go"), assistant("went"), user("sing")]}
+    row = builder.with_answer(asked, " sang")
+    assert row == {"messages": [user("go"), assistant("went"), user("sing"), assistant("sang")]}
+    assert builder.with_answer(row, "sung") == {"messages": [*asked["messages"], assistant("sung")], "answer": "sang"}
+    assert builder.encode_prompt(asked) == builder.encode_prompt(row)
+    assert prompt_key(asked) == prompt_key(row) == "go went sing"
+    assert tokenizer.decode(learned(encode(builder, row))).endswith("sang<|im_end|>\n")
+    for lacking in ({"messages": [user("go")]}, {"messages": [user("go"), assistant("went"), user("sing")]}):
+        with pytest.raises(ValueError, match="doesn't end with the assistant's turn, so there is no answer to learn"):
+            completion_text(lacking)
+    with pytest.raises(ValueError, match="doesn't end with the assistant's turn"):
+        encode(builder, {"messages": [user("go")]})
+
+
 # tokenizers that add tokens
 
 
@@ -277,6 +297,17 @@ def test_pieces_write_the_text_of_the_template(tokenizer) -> None:
     """Cutting at the marks must lose and double nothing of what the template writes."""
     view = encode(PromptBuilder(tokenizer), TALK)
     assert tokenizer.decode(view["input_ids"]) == tokenizer.apply_chat_template(TALK["messages"], tokenize=False)
+
+
+def test_the_last_answer_begins_behind_all_earlier_turns(tokenizer) -> None:
+    """What is measured before an earlier answer is shorter than what a text is written behind."""
+    builder = PromptBuilder(tokenizer)
+    view = encode(builder, TALK, SHOWN, privileged=True)
+    assert view["input_ids"][: answer_start(view)] == builder.encode_prompt(TALK, SHOWN, privileged=True)
+    assert answer_start(view) > prompt_length(view)
+    plain = encode(builder, GO)
+    assert answer_start(plain) == prompt_length(plain) == len(builder.encode_prompt(GO))
+    assert answer_start({"input_ids": [1, 2], "labels": [IGNORE, IGNORE]}) == 0
 
 
 def test_the_prompt_of_a_conversation_ends_before_its_last_answer(tokenizer) -> None:

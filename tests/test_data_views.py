@@ -274,6 +274,35 @@ def test_whole_text_excludes_a_second_view(tokenizer) -> None:
     assert dataset(tokenizer, whole_text=True, demonstrations=(), student_shots=(0,))[0]["teacher"] is None
 
 
+def test_the_longest_prompts_are_those_of_any_draw(tokenizer) -> None:
+    """Room for an answer that was measured with a short draw, or before an earlier answer, is not there later."""
+    data = dataset(tokenizer, CONTEXT)
+    longest = max(
+        len(data.builder.encode_prompt(row, [shown])) for row in CONTEXT for shown in DEMONSTRATIONS
+    )  # any of them can be drawn
+    assert data.longest_prompts == {"student": longest, "teacher": max(map(len, data.teacher_prompts))}
+    for epoch in range(4):
+        data.set_epoch(epoch)
+        assert max(map(len, data.student_prompts)) <= longest
+    turns = [["user", "go"], ["assistant", "went"], ["user", "sing"], ["assistant", "sang"]]
+    rows = [{"messages": [{"role": role, "content": content} for role, content in turns]}]
+    talk = dataset(tokenizer, rows, demonstrations=[], student_shots=[0], teacher_view=False)
+    length = len(talk.builder.encode_prompt(rows[0]))
+    assert talk.longest_prompts == {"student": length, "teacher": length} and length > len(talk.student_prompts[0])
+
+
+def test_rows_that_are_held_out_are_not_called_training_rows(tokenizer) -> None:
+    """Who looks for the fault in the training file looks in the wrong one."""
+    for wrong, settings, words in (
+        ([{"prompt": "run"}], {}, "held-out row 0: a row has no 'completion'"),
+        (ROWS, {"max_length": 5}, "held-out row 0: the student's view has"),
+        (ROWS, {"max_length": 5, "too_long": "drop"}, "none of 4 held-out rows is left"),
+        ([], {}, "the held-out set is empty$"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            dataset(tokenizer, wrong, name="held-out", **settings)
+
+
 def test_conversations_with_several_turns(tokenizer) -> None:
     """All assistant turns of a row are learned in both views, behind demonstrations that are not."""
     turns = [["user", "go"], ["assistant", "went"], ["user", "sing"], ["assistant", "sang"]]

@@ -42,6 +42,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "checkpoint",
         "callbacks",
         "compatibility",
+        "writing",
         "examples",
         "gradients",
         "trainer",

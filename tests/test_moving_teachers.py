@@ -80,7 +80,7 @@ def test_the_average_is_the_one_in_the_docstring(full, dtype):
         now = learning(learner)
         expected = {name: 0.99 * expected[name] + 0.01 * now[name] for name in expected}
     ours = shadow(teacher)
-    assert ours.keys() == expected.keys() == first.keys() and int(teacher.state_dict()["changes"]) == 20
+    assert ours.keys() == expected.keys() == first.keys() and int(teacher.state_dict()["changes.EmaTeacher"]) == 20
     for name, one in expected.items():
         assert ours[name].dtype == torch.float32
         step_taken = (one - first[name]).abs().max()
@@ -292,10 +292,13 @@ def test_the_prefix_is_run_anew_when_the_weights_have_moved(kind):
         (lambda: EmaTeacher(decay=1.0), r"decay is 1.0; expected .* below 1.*frozen_copy"),
         (lambda: EmaTeacher(decay=-0.1), "decay is -0.1"),
         (lambda: EmaTeacher(decay=float("nan")), "decay is nan"),
+        (lambda: EmaTeacher("0.9"), "decay is '0.9'; expected a number"),
+        (lambda: EmaTeacher(None), "decay is None; expected a number"),
         (lambda: EmaTeacher(interval=0), "interval is 0; expected optimizer steps"),
         (lambda: EmaTeacher(interval=1.5), "interval is 1.5"),
         (lambda: SnapshotTeacher(every=0), "every is 0; expected `epoch` or a number"),
         (lambda: SnapshotTeacher(every="step"), "every is 'step'"),
+        (lambda: SnapshotTeacher(0.5), "The teacher's every is 0.5; expected `epoch` or a number"),
     ],
 )
 def test_settings_without_a_meaning_are_refused(make, words):
@@ -329,9 +332,20 @@ def test_the_state_of_another_student_is_refused():
         ({**state, name: torch.zeros(8, 32)}, r"shape \(8, 32\) in the checkpoint; expected \(4, 32\)"),
         ({**state, "shadow.more": torch.zeros(1)}, "'shadow.more'.*expected no such entry"),
     ):
-        with pytest.raises(ValueError, match=rf"EmaTeacher belongs to another student: 1 entries differ.*{words}"):
+        with pytest.raises(ValueError, match=rf"EmaTeacher belongs to another student .*: 1 entries differ.*{words}"):
             teacher.load_state_dict(wrong)
     assert all(torch.equal(one, kept[name]) for name, one in shadow(teacher).items())
+
+
+def test_the_state_of_another_kind_is_refused():
+    """Prevents an average that goes on as a snapshot, and a snapshot that is averaged, because the names agree."""
+    kinds = [EmaTeacher(), SnapshotTeacher()]
+    ema, snapshot = (prepared(kind, learner_of(False)).state_dict() for kind in kinds)
+    with pytest.raises(ValueError, match=r"another kind of teacher: 2 entries differ, first 'changes.EmaTeacher'"):
+        kinds[1].load_state_dict(ema)
+    with pytest.raises(ValueError, match="2 entries differ"):
+        kinds[0].load_state_dict(snapshot)
+    kinds[1].load_state_dict(snapshot)
 
 
 def test_a_student_that_was_changed_under_it_is_refused():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,12 @@ BASE = {
     "evaluation": {"shots": [0, 1, 8]},
     "training": {"max_steps": 30},
 }
+# Neither demonstrations nor a column that could hold a context.
+ALONE = (
+    *("data.demonstrations.count=0", "data.student_shots=0", "evaluation.shots=0"),
+    "data.train={path: 'reasoning_gym:a'}",
+    "evaluation=null",
+)
 
 
 @pytest.fixture
@@ -86,7 +93,14 @@ def test_overrides(recipe_file: Path, overrides: list[str], path: str, value: ob
     assert place == value
 
 
-@pytest.mark.parametrize("kind", [kind for kind, loss in LOSSES.items() if issubclass(loss, Divergence)])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        kind
+        for kind, loss in LOSSES.items()
+        if issubclass(loss, Divergence) and "temperature" in signature(loss).parameters
+    ],
+)
 def test_every_divergence_takes_a_scheduled_temperature(recipe_file: Path, kind: str) -> None:
     """Prevents a loss whose signature refuses in a recipe what it takes from Python."""
     term = f"{{kind: {kind}, temperature: {{schedule: linear, start: 4.0, end: 1.0}}}}"
@@ -232,7 +246,7 @@ def test_wrong_values(recipe_file: Path, overrides: list[str], words: str) -> No
     [
         (
             ["teacher.kind=selff"],
-            "teacher.kind: got 'selff'; expected self, local, none, ema, snapshot, mixture, routed, cross_tokenizer or",
+            "teacher.kind: got 'selff'; expected self, local, none, ema, snapshot, mixture, routed, cross_tokenizer",
         ),
         (["teacher.model=org/big"], "teacher.model: got 'org/big', which a teacher of kind self doesn't use"),
         (["teacher.kind=local"], "teacher.model: is required for a teacher of kind local"),
@@ -264,6 +278,26 @@ def test_wrong_values(recipe_file: Path, overrides: list[str], words: str) -> No
             "teacher.kind: self needs a second prompt, and there is none",
         ),
         (
+            ["teacher.kind=ema", *ALONE],
+            "teacher.kind: ema begins as the student and reads the same prompt, and no term",
+        ),
+        (["teacher.kind=snapshot", *ALONE], "teacher.kind: snapshot begins as the student and reads the same prompt"),
+        (
+            ["teacher.weights=frozen_copy", *ALONE],
+            "teacher.kind: self begins as the student and reads the same prompt",
+        ),
+        (["teacher.weights=live", "loss.terms=[{kind: cross_entropy}]", *ALONE], "self needs a second prompt, and"),
+        (
+            ["teacher={kind: cross_tokenizer, model: a/b}", "loss.terms=[{kind: span_likelihood}]", *ALONE]
+            + ["data.whole_text=true"],
+            "data.whole_text: true trains on each view's whole text",
+        ),
+        (
+            ["data.answer=student", "data.generation.buffer_size=15", "training.gradient_accumulation_steps=2"],
+            "data.generation.buffer_size: got 15, and a step writes 16 texts on each process "
+            "(training.per_device_train_batch_size 8 times training.gradient_accumulation_steps 2)",
+        ),
+        (
             [
                 "data.demonstrations.count=0",
                 "data.student_shots=0",
@@ -289,6 +323,13 @@ def test_impossible_combinations(recipe_file: Path, overrides: list[str], words:
         ["teacher.kind=none", "loss.terms=[{kind: cross_entropy}]"],
         ["loss.terms=[{kind: cross_entropy}]", "data.whole_text=true", "data.answer=teacher"],
         ["student.lora=null", "teacher.weights=frozen_copy"],
+        ["teacher.weights=frozen_copy", "loss.terms=[{kind: forward_kl}, {kind: cross_entropy}]", *ALONE],
+        ["teacher.kind=ema", "loss.terms=[{kind: forward_kl}, {kind: cross_entropy}]", *ALONE],
+        ["teacher.kind=snapshot", "loss.terms=[{kind: adaptive_label_smoothing}]", *ALONE],
+        ["teacher.kind=ema", "loss.terms=[{kind: 'my.losses:Mine'}]", *ALONE],
+        ["teacher.kind=ema", "data.demonstrations.count=0", "data.student_shots=0", "evaluation.shots=0"],
+        ["teacher={kind: cross_tokenizer, model: a/b}", "loss.terms=[{kind: cross_entropy}]", "data.whole_text=true"],
+        ["data.answer=student", "data.generation.buffer_size=16", "training.gradient_accumulation_steps=2"],
         ["data.demonstrations.count=0", "data.student_shots=0", "evaluation.shots=0"],  # privileged_context, maybe
         ["data.train={path: 'reasoning_gym:a', columns: {privileged_context: hint}}", "evaluation=null"],
         [

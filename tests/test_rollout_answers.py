@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
 import logging
 import threading
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from hfkd.rollout import Completion, GenerationSettings, HFRollout, Rollout, answers, teacher_answers
-from hfkd.rollout.answers import prompt_hash
+from hfkd.rollout.answers import AnswerFile, prompt_hash
 
 FINGERPRINT = {"model": "tiny", "revision": "abc"}
 
@@ -135,6 +137,40 @@ def test_batch_size_and_unused_seed_do_not_matter(tmp_path):
     run(path, PROMPTS, fingerprint={**FINGERPRINT, "shots": (1, 2), 3: Path("x")})
     run(path, PROMPTS, second, {**FINGERPRINT, "shots": [1, 2], 3: Path("x")})
     assert second.asked == []
+
+
+def test_a_file_that_nobody_may_write_is_only_read(tmp_path):
+    """Prevents a run from writing into the cache that it reads, or from a crash where that is forbidden."""
+    path = tmp_path / "answers.jsonl"
+    run(path, PROMPTS)
+    with path.open("a") as stream:
+        stream.write('{"torn')
+    before = path.read_bytes()
+    rows = [{}] * len(PROMPTS)
+    assert teacher_answers(rows, PROMPTS, Echo(), None, path, FINGERPRINT) == EXPECTED
+    with pytest.raises(ValueError, match="lacks the teacher's answers to 1 of 2 prompts, and nobody is there"):
+        teacher_answers([{}] * 2, [[9], [3]], Echo(), None, path, FINGERPRINT)
+    with pytest.raises(ValueError, match="lacks the teacher's answers"):
+        teacher_answers(rows, PROMPTS, Echo(), None, tmp_path / "none" / "answers.jsonl", FINGERPRINT)
+    assert path.read_bytes() == before and not (tmp_path / "none").exists()
+
+
+def test_a_full_disk_says_where_and_how_much(tmp_path, monkeypatch):
+    """Prevents a bare "No space left on device" that names no folder, and the loss of what was written."""
+    path, append, second = tmp_path / "answers.jsonl", AnswerFile.append, Echo()
+
+    def full(self, found):
+        if not isinstance(found, BaseException):
+            append(self, itertools.islice(found, 2))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AnswerFile, "append", full)
+        patch.setattr(AnswerFile, "append_failure", full)
+        with pytest.raises(OSError, match=r"is full: 2 of .* written, 1 are missing.* KiB.*goes on") as problem:
+            run(path, PROMPTS)
+    assert str(tmp_path) in str(problem.value)
+    assert run(path, PROMPTS, second) == EXPECTED and second.asked == [[1, 2]]
 
 
 def test_damage_in_the_middle_is_an_error(tmp_path):

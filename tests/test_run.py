@@ -209,6 +209,14 @@ def test_resume_goes_on(folder: Path) -> None:
             ["data.demonstrations.count=0", "data.student_shots=0", "evaluation.shots=0"],
             "no row of verbs.jsonl has a priv",
         ),
+        (
+            ["teacher.kind=ema", "data.demonstrations.count=0", "data.student_shots=0", "evaluation.shots=0"],
+            "ema begins as the student and reads the same prompt, and no term learns the text: data.demonstrations.co",
+        ),
+        (
+            ["data.answer=student", "data.generation.backend=vllm"],
+            "data.generation.backend: This run wants vLLM to write, and it isn't installed",
+        ),
         (["student.model=nothing/here"], "the tokenizer of student.model nothing/here can't be loaded"),
         (["data.prompt.builder='no.such:thing'"], "data.prompt.builder: no.such can't be imported"),
         (["data.prompt.builder='json:nothing'"], "data.prompt.builder: json has no nothing"),
@@ -228,6 +236,35 @@ def test_bad_input_is_refused_before_a_model_is_loaded(
     with pytest.raises((ValueError, OSError)) as caught:
         run(*overrides)
     assert words in str(caught.value)
+
+
+def test_a_copy_of_the_student_may_read_its_prompt(folder: Path) -> None:
+    """Refusing a fixed copy beside a term that moves the student away would refuse the plainest regulariser."""
+    loss = "loss.terms=[{kind: forward_kl}, {kind: cross_entropy}]"
+    alone = ["data.demonstrations.count=0", "data.student_shots=0", "evaluation.shots=0", loss]
+    for number, teacher in enumerate(("teacher.weights=frozen_copy", "teacher.kind=ema")):
+        report = run(teacher, *alone, f"training.output_dir=out{number}").report
+        assert [entry["step"] for entry in report["loss_history"]] == [1, 2]
+
+
+@pytest.mark.parametrize(("name", "words"), [("c", "names the teacher 'c'"), (None, "is empty")])
+def test_rows_without_a_teacher_are_told_before_a_model_is_loaded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str | None, words: str
+) -> None:
+    """A name that is misspelt in one row of thousands, told after all teachers are loaded, in a column that the user's
+    file doesn't have.
+    """
+    rows = [{"prompt": verb, "completion": verb + "ed", "who": "ab"[place % 2]} for place, verb in enumerate(VERBS)]
+    Path("verbs.jsonl").write_text("".join(json.dumps(row | {"who": name}) + "\n" for row in rows[:1]))
+    with Path("verbs.jsonl").open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows[1:])
+    refuse_models(monkeypatch)
+    members = "{a: {kind: local, model: model}, b: {kind: self}}"
+    with pytest.raises(ValueError, match=rf"training row \d+: its column 'who' {words}.*known teachers are a, b"):
+        run(
+            f"teacher={{kind: routed, column: who, members: {members}}}",
+            *("data.demonstrations.count=0", "data.student_shots=0", "evaluation=null"),
+        )
 
 
 def test_an_own_loss_without_a_teacher_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,6 +162,8 @@ def test_a_writer_that_could_not_write_is_refused():
         writer({"teacher": 0.1, "dataset": 0.9}, engine)
     with pytest.raises(ValueError, match="never lets it"):
         writer("teacher", buffer=OffPolicyBuffer(8, 0.5))
+    with pytest.raises(TypeError, match="rollout is a function; expected an object of a subclass of hfkd.Rollout"):
+        writer("student", test_a_share_of_nothing_never_fires)
     writer("student", engine)
     Writer("dataset", None, student=nullcontext)
 

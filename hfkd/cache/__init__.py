@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from hfkd.cache.codecs import Codec, Hidden, Sampled, TopK, make_codec
 from hfkd.cache.contract import text_contract, texts_of
+from hfkd.cache.folder import clear_cache
 from hfkd.cache.format import CacheError, Manifest, compare, differences, row_key, view_keys
 from hfkd.cache.reader import CacheReader, find_faults
-from hfkd.cache.writer import CacheWriter, clear_cache, make_plan
+from hfkd.cache.writer import CacheWriter, make_plan
 
 __all__ = [
     "CacheError",

@@ -46,6 +46,8 @@ class Codec(ABC):
 
     kind: ClassVar[str]
     reads_logits: ClassVar[bool] = True
+    drawn: ClassVar[bool] = False
+    """Whether a distribution is known through drawn ids only."""
 
     @property
     @abstractmethod
@@ -66,6 +68,14 @@ class Codec(ABC):
 
     def draws(self, key: str, tokens: int) -> np.ndarray | None:
         """Numbers that belong to a text, whatever stands beside it; [n, R] in [0, 1), or None."""
+        return None
+
+    def check(self, vocab_size: int) -> None:
+        """Make sure, before anything is written, that distributions over so many ids can be kept.
+
+        Raises:
+            CacheError: They can't.
+        """
         return None
 
     @abstractmethod

@@ -80,10 +80,14 @@ class TopK(Codec):
         """Ids, log-probabilities, tail."""
         return self.k * (bits_for(vocab_size) + 8) // 8 + 7 if self.compact else 6 * self.k + 2
 
+    def check(self, vocab_size: int) -> None:
+        """Refuse more ids than there are."""
+        if self.k > vocab_size:
+            raise CacheError(f"codec.k is {self.k}, but the teacher has {vocab_size} ids; give at most that.")
+
     def tell(self, found: Tensor, draws: Tensor | None) -> Arrays:
         """Ids, log-probabilities and tail; `found` is used up."""
-        if self.k > found.shape[-1]:
-            raise CacheError(f"codec.k is {self.k}, but the teacher has {found.shape[-1]} ids; give at most that.")
+        self.check(found.shape[-1])
         values, ids = found.topk(self.k, dim=-1)
         rest = found.scatter_(-1, ids, float("-inf")).logsumexp(dim=-1)
         told = {"ids": ids.int(), "tail": rest.clamp(min=LOWEST).half()}
@@ -140,7 +144,7 @@ class Hidden(Codec):
 
     def columns(self) -> dict[str, pa.DataType]:
         """The states of a text as bytes, since Parquet knows no bfloat16."""
-        return {"hidden": BYTES}
+        return {"hidden": pa.large_binary()}
 
     def bytes_per_token(self, vocab_size: int, hidden_size: int, itemsize: int) -> int:
         """H numbers."""

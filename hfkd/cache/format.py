@@ -137,6 +137,8 @@ class Manifest:
             CacheError: There is none, it is no manifest, it is of another format, or it was edited.
         """
         path = Path(folder) / MANIFEST_NAME
+        if Path(folder).is_file():
+            raise CacheError(f"{folder} is a file; a cache is a folder that holds a {MANIFEST_NAME}.")
         if not path.is_file():
             raise CacheError(
                 f"{folder} holds no cache: there is no {MANIFEST_NAME}. Make one with "

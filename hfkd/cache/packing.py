@@ -61,14 +61,15 @@ def quantise(log_probs: Tensor, real: Tensor | None = None) -> tuple[Tensor, Ten
     """Log-probabilities in eight bits each, finest beside the largest.
 
     With m the largest of a token as float16, r >= max(m - x) as float16, the code of x is
-    `round(255 sqrt((m - x) / r))`.
+    `round(255 sqrt((m - x) / r))`. Where an id of a token is ruled out, its code is 255, no other's is, and r is
+    written below 0 to say so.
 
     Args:
         log_probs: [n, K], float32.
         real: [n, K] booleans, False where a token has fewer entries; None where all have K.
 
     Returns:
-        [n, K] uint8 codes, and [n, 2] float16: m and r.
+        [n, K] uint8 codes, and [n, 2] float16: m, and r or -r.
     """
     hidden = log_probs if real is None else log_probs.masked_fill(~real, float("-inf"))
     largest = hidden.amax(dim=-1, keepdim=True).half()
@@ -79,13 +80,13 @@ def quantise(log_probs: Tensor, real: Tensor | None = None) -> tuple[Tensor, Ten
     distance = distance.masked_fill(never, 0.0)
     barred = never.any(dim=-1, keepdim=True)
     farthest = distance.amax(dim=-1, keepdim=True) * torch.where(barred, (LEVELS / (LEVELS - 1)) ** 2, 1.0)
-    reach = (farthest * (1 + 2**-10) + 2**-14).half()  # rounded up, so that no code is above 255 (254 if one is barred)
+    reach = (farthest * (1 + 2**-10) + 2**-14).half()  # rounded up: no code is above 255, or 254 if an id is barred
     codes = (distance / reach.float()).sqrt_().mul_(LEVELS).round_().to(torch.uint8).masked_fill(never, LEVELS)
     return codes, torch.cat([largest, torch.where(barred, -reach, reach)], dim=-1)
 
 
 def restore(codes: Tensor, bounds: Tensor) -> Tensor:
-    """What `quantise` kept: `m - r (code / 255)^2`, float32.
+    """What `quantise` kept: `m - r (code / 255)^2`, float32, and `LOWEST` for what was ruled out.
 
     An entry at distance d below m is off by at most `sqrt(d r) / 255 + r / 255^2 / 4`, and one above m, which the
     rounding of m can leave, by half of float16's step at m.

@@ -1,16 +1,20 @@
-"""Reads a cache: checks its shards against the manifest, opens them memory-mapped, and makes rows of any texts."""
+"""Reads a cache: checks its shards against the manifest, unpacks them once into a memory-mapped file, and makes rows
+of any texts.
+"""
 
 from __future__ import annotations
 
+import itertools
+import os
 from collections.abc import Sequence
 from pathlib import Path
-import itertools, os
-from filelock import FileLock
 
 import numpy as np
-import pyarrow.parquet as pq
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
+from filelock import FileLock
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from hfkd.cache.code import Reading
@@ -19,7 +23,8 @@ from hfkd.cache.format import HEAD_NAME, CacheError, Manifest, file_digest
 from hfkd.rows import DenseRows, Head, TopKRows
 from hfkd.teacher_rows import SampledRows
 
-_NAMED = 3  # texts that a message names
+_NAMED = 3  # texts or files that a message names
+_ANEW = "build the cache anew with --overwrite"
 
 
 def find_faults(folder: Path, manifest: Manifest, share: tuple[int, int] = (0, 1)) -> list[str]:
@@ -33,11 +38,8 @@ def find_faults(folder: Path, manifest: Manifest, share: tuple[int, int] = (0, 1
     Returns:
         What is wrong, a text for each file.
     """
-    files = [(shard["name"], shard["sha256"], shard["bytes"]) for shard in manifest.shards]
-    if "head" in manifest.facts:
-        files.append((HEAD_NAME, manifest.facts["head"]["sha256"], None))
     faults = []
-    for name, digest, size in files[share[0] :: share[1]]:
+    for name, digest, size in _files(manifest)[share[0] :: share[1]]:
         path = Path(folder) / name
         if not path.is_file():
             faults.append(f"{name} is missing")
@@ -48,6 +50,14 @@ def find_faults(folder: Path, manifest: Manifest, share: tuple[int, int] = (0, 1
     return faults
 
 
+def _files(manifest: Manifest) -> list[tuple[str, str, int | None]]:
+    """Name, SHA-256 and size, where it is known, of each file of a cache besides its manifest."""
+    files = [(shard["name"], shard["sha256"], shard["bytes"]) for shard in manifest.shards]
+    if "head" in manifest.facts:
+        files.append((HEAD_NAME, manifest.facts["head"]["sha256"], None))
+    return files
+
+
 class CacheReader:
     """A cache that was found to be whole.
 
@@ -55,19 +65,23 @@ class CacheReader:
         folder: The cache.
         manifest: Its own.
         device: Where the head of `hidden` shall be.
+        verify: Whether to hash what was unpacked before.
 
     Raises:
         CacheError: The build was interrupted, or the shards aren't what the manifest says.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, device: torch.device | str = "cpu", verify: bool = True) -> None:
-        self.verify = verify
+    def __init__(
+        self, folder: Path, manifest: Manifest, device: torch.device | str = "cpu", verify: bool = True
+    ) -> None:
         if manifest.status != "complete":
             raise CacheError(
                 f"The cache in {folder} isn't finished: its build was interrupted. Run the same `hfkd cache` command "
                 "again, it goes on where it stopped."
             )
-        self.folder, self.manifest = Path(folder), manifest
+        self.folder, self.manifest, self.verify = Path(folder), manifest, verify
+        if absent := [name for name, *_ in _files(manifest) if not (self.folder / name).is_file()]:
+            raise CacheError(f"The cache in {folder} lacks {', '.join(absent[:_NAMED])}; copy it anew, or {_ANEW}.")
         self.codec = make_codec(**manifest.contract["codec"])
         head, dtype = None, None
         if "head" in manifest.facts:
@@ -75,15 +89,18 @@ class CacheReader:
         temperature = manifest.contract.get("temperature") or 1.0
         self.reading = Reading(manifest.contract["vocab_size"], float(temperature), head, dtype)
         self._table = self._open()
+        if absent := {"row_hash", "tokens", *self.codec.columns()} - set(self._table.column_names):
+            raise CacheError(f"The shards in {folder} have no columns {sorted(absent)}; {_ANEW}.")
         names = np.asarray(self._table.column("row_hash").to_pylist(), dtype="S32")
         self._order = np.argsort(names, kind="stable")
         self._names = names[self._order]
         self._tokens = self._table.column("tokens").to_numpy()
         self._columns = {name: _Column(self._table.column(name)) for name in self.codec.columns()}
-        if len(names) != manifest.build["rows"] or int(self._tokens.sum()) != manifest.build["tokens"]:
+        found, told = ((len(names), int(self._tokens.sum())), (manifest.build["rows"], manifest.build["tokens"]))
+        if found != told:
             raise CacheError(
-                f"The shards in {folder} hold {len(names)} rows, the manifest says {manifest.build['rows']}; build "
-                "the cache anew with --overwrite."
+                f"The shards in {folder} hold {found[0]} rows with {found[1]} tokens, the manifest says {told[0]} "
+                f"with {told[1]}; {_ANEW}."
             )
 
     def __len__(self) -> int:
@@ -117,7 +134,9 @@ class CacheReader:
             raise CacheError(
                 f"The cache {self.folder} has {stored.tolist()} supervised tokens for texts that have {list(tokens)}."
             )
-        columns = {name: [column[place] for place in places] or [column[0][:0]] for name, column in self._columns.items()}
+        columns = {
+            name: [column[place] for place in places] or [column[0][:0]] for name, column in self._columns.items()
+        }
         return self.codec.read(columns, tokens, self.reading, device)
 
     def _find(self, keys: Sequence[str]) -> np.ndarray:
@@ -129,7 +148,7 @@ class CacheReader:
         return np.where(self._names[places] == wanted, self._order[places], -1)
 
     def _open(self) -> pa.Table:
-        """All shards as one table on disk. What `datasets` keeps of them for random access is kept by the manifest's
+        """All shards as one table on disk: an uncompressed copy beside what `datasets` keeps, under the manifest's
         hash, so that another cache in the same place can't be taken for this one.
         """
         import datasets
@@ -144,9 +163,13 @@ class CacheReader:
             with pa.memory_map(str(place)) as file:
                 return pa.ipc.open_file(file).read_all()
         except (pa.ArrowInvalid, OSError) as problem:
-            raise CacheError(f"The shards in {self.folder} can't be opened by way of {place}: {problem}") from problem
+            raise CacheError(
+                f"The shards in {self.folder} can't be opened by way of their uncompressed copy {place}: {problem}. "
+                "HF_DATASETS_CACHE says where such copies lie."
+            ) from problem
 
     def _is_whole(self, place: Path, note: Path) -> bool:
+        """Whether the copy lies there, with the bytes that were written."""
         if not (place.is_file() and note.is_file()):
             return False
         return not self.verify or file_digest(place) == note.read_text()
@@ -156,15 +179,21 @@ class CacheReader:
         draft = place.with_name(f"{place.name}.draft")
         tables = (pq.read_table(self.folder / shard["name"]) for shard in self.manifest.shards)
         first = next(tables)
-        with pa.OSFile(str(draft), "wb") as sink, pa.ipc.new_file(sink, first.schema) as writer:
-            for table in itertools.chain([first], tables):
-                writer.write_table(table.combine_chunks())
-        note.write_text(file_digest(draft))
-        os.replace(draft, place)
+        try:
+            with pa.OSFile(str(draft), "wb") as sink, pa.ipc.new_file(sink, first.schema) as writer:
+                for table in itertools.chain([first], tables):
+                    writer.write_table(table.combine_chunks())
+            note.write_text(file_digest(draft))
+            os.replace(draft, place)
+        finally:
+            draft.unlink(missing_ok=True)
 
     def _head(self, device: torch.device) -> Head:
         facts = self.manifest.facts["head"]
-        tensors = {name: tensor.to(device) for name, tensor in load_file(self.folder / HEAD_NAME).items()}
+        try:
+            tensors = {name: tensor.to(device) for name, tensor in load_file(self.folder / HEAD_NAME).items()}
+        except SafetensorError as problem:
+            raise CacheError(f"{HEAD_NAME} in {self.folder} is damaged ({problem}); {_ANEW}.") from None
         return Head(tensors["weight"], tensors.get("bias"), facts["scale"], facts["soft_cap"])
 
 

@@ -59,6 +59,7 @@ class Sampled(Codec):
     compact: bool = False
     seed: int = 0
     kind: ClassVar[str] = "sampled"
+    drawn: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Refuse what can't be drawn."""
@@ -140,7 +141,8 @@ class Sampled(Codec):
         """Ids with true log-probabilities and weights; zeros where a token has fewer than others."""
         each = [piece.view(self._count_type).astype(np.int64) for piece in columns["distinct"]]
         distinct = torch.from_numpy(np.concatenate(each)).to(device)
-        real = torch.arange(max((int(piece.max(initial=0)) for piece in each), default=0), device=device) < distinct[:, None]
+        most = max((int(piece.max(initial=0)) for piece in each), default=0)
+        real = torch.arange(most, device=device) < distinct[:, None]
         ids = read_ids(columns["ids"], [int(piece.sum()) for piece in each], self.compact, reading, device)
         counted = np.concatenate([piece.view(self._count_type) for piece in columns["counts"]]).astype(np.float32)
         counts = _spread(torch.from_numpy(counted).to(device), real)

@@ -7,9 +7,7 @@ view.
 
 from __future__ import annotations
 
-import errno
 import json
-import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,12 +23,14 @@ from torch import Tensor
 
 from hfkd.batch import IGNORE, View
 from hfkd.cache.code import Arrays, Codec
+from hfkd.cache.folder import is_full, own_files, remove_drafts, remove_notes, size_in_words
 from hfkd.cache.format import (
     HEAD_NAME,
     MANIFEST_NAME,
     CacheError,
     Manifest,
     compare,
+    differences,
     file_digest,
     json_digest,
     row_key,
@@ -51,8 +51,6 @@ _PROJECTED = 2**25
 """Log-probabilities that are held at once."""
 
 _ROW_BYTES, _SHARD_OVERHEAD = 64, 8192  # keys and lengths of a text; what Parquet says of a shard
-_NAMES = r"(manifest\.json|head\.safetensors|part-\d{5,}\.(parquet|json))"
-_OWN_FILE = re.compile(rf"{_NAMES}|\.{_NAMES}\.draft-\d+")
 
 
 @dataclass(frozen=True)
@@ -154,19 +152,20 @@ class CacheWriter:
             Whether the cache is complete already.
 
         Raises:
-            CacheError: The folder holds another cache, or the disk hasn't the space.
+            CacheError: The folder holds another cache, the disk hasn't the space, or teacher and codec can't be kept.
         """
+        self.codec.check(self.head.vocab_size)
+        self._check_head()
         if (self.folder / MANIFEST_NAME).exists():
             before = Manifest.read(self.folder)
-            remedy = "Choose another folder, or delete this cache with --overwrite."
             theirs, ours = ({**one.contract, "build": one.build} for one in (before, self.manifest))
-            compare(theirs, ours, self.folder, remedy, whole=True)
+            compare(theirs, ours, self.folder, self._remedy(before), whole=True)
             if before.status == "complete":
                 return True
-        elif any(_OWN_FILE.fullmatch(path.name) for path in self.folder.glob("*") if not path.name.startswith(".")):
+        elif any(not path.name.startswith(".") for path in own_files(self.folder)):
             raise CacheError(
-                f"{self.folder} has a cache's files but no {MANIFEST_NAME}, so it can't be known what they are; choose another "
-                "folder, or delete them with --overwrite."
+                f"{self.folder} has a cache's files but no {MANIFEST_NAME}, so it can't be known what they are; "
+                "choose another folder, or delete them with --overwrite."
             )
         self.missing = [number for number in range(len(self.plan.shards)) if not self._is_written(number)]
         self._check_space()
@@ -281,6 +280,23 @@ class CacheWriter:
             parts.append(self.codec.tell(log_probs, None if draws is None else draws[some]))
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
+    def _remedy(self, before: Manifest) -> str:
+        """What to do about another cache; a build that was begun in other batches can go on in those."""
+        other = "Choose another folder, or delete this cache with --overwrite."
+        size = before.build.get("batch_size")
+        others = differences(before.contract, self.manifest.contract, whole=True)
+        if before.status == "complete" or size == self.plan.batch_size or others:
+            return other
+        return f"This build was begun with --batch-size {size} and goes on with it alone. {other}"
+
+    def _check_head(self) -> None:
+        """Refuse a head that would be kept and makes no distribution; a bias of -inf rules an id out."""
+        if self.codec.reads_logits:
+            return
+        bias = torch.zeros(1) if self.head.bias is None else self.head.bias
+        if not bool(torch.isfinite(self.head.weight).all()) or not bool((bias < float("inf")).all()):
+            raise CacheError("The teacher's output head has numbers that aren't finite; nothing of it is kept.")
+
     def _is_written(self, number: int) -> bool:
         """Whether a shard lies there whole, which its note and its own bytes say."""
         try:
@@ -321,12 +337,16 @@ class CacheWriter:
 
     def _full(self, problem: OSError) -> BaseException:
         """What to say of a write that failed."""
-        if problem.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not is_full(problem):
             return problem
         self.missing = [number for number in self.missing if not self._is_written(number)]
+        lacking = (
+            f"up to {size_in_words(self._needed())} are needed for the {len(self.missing)} shards that are missing"
+            if self.missing
+            else f"all shards are written, and {MANIFEST_NAME}, which closes the build, couldn't be"
+        )
         return CacheError(
-            f"The disk of {self.folder} is full: up to {size_in_words(self._needed())} are needed for the "
-            f"{len(self.missing)} shards that are missing. What is written is whole; make room and run the same "
+            f"The disk of {self.folder} is full: {lacking}. What is written is whole; make room and run the same "
             "command again, it goes on from there."
         )
 
@@ -343,68 +363,9 @@ def pad_view(texts: Sequence[Encoded], pad_token_id: int, device: torch.device) 
     return View(padded(ids, pad_token_id), mask, padded([text["labels"] for text in texts], IGNORE))
 
 
-def clear_cache(folder: Path) -> bool:
-    """Delete what a build left in a folder; other files stay, the teacher's answers too.
-
-    Raises:
-        CacheError: The folder's `manifest.json` is something else's.
-    """
-    folder = Path(folder)
-    own = [path for path in folder.glob("*") if _OWN_FILE.fullmatch(path.name)]
-    shards = [path for path in own if path.suffix == ".parquet" and not path.name.startswith(".")]
-    if own and not _is_ours(folder / MANIFEST_NAME) and not (shards and all(map(_is_shard, shards))):
-        raise CacheError(
-            f"{folder} has {own[0].name}, and it can't be told that a cache is there (no {MANIFEST_NAME} of one, no shard of "
-            "one), so nothing is deleted; give another folder, or delete the files yourself."
-        )
-    for path in own:
-        path.unlink()
-    return bool(own)
-
-
-def _is_ours(path: Path) -> bool:
-    """Whether a file is a cache's manifest, of any version."""
-    try:
-        return "format_version" in json.loads(path.read_text(encoding="utf-8"))["contract"]
-    except (OSError, ValueError, TypeError, KeyError):
-        return False
-
-
-def _is_shard(path: Path) -> bool:
-    """Whether a file is a shard of a cache."""
-    try:
-        return {"row_hash", "tokens"} <= set(pq.read_schema(path).names)
-    except (OSError, pa.ArrowInvalid):
-        return False
-
-
-def remove_notes(folder: Path) -> None:
-    """Delete what is needed only while a cache is built."""
-    for path in Path(folder).glob("part-*.json"):
-        if _OWN_FILE.fullmatch(path.name):
-            path.unlink(missing_ok=True)
-    remove_drafts(folder)
-
-
-def remove_drafts(folder: Path) -> None:
-    """Delete what writes that were killed have left."""
-    for path in Path(folder).glob(".*.draft-*"):
-        if _OWN_FILE.fullmatch(path.name):
-            path.unlink(missing_ok=True)
-
-
-def size_in_words(count: float) -> str:
-    """Bytes for a reader."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
-
-
 def _column(pieces: Sequence[np.ndarray], kind: pa.DataType) -> pa.Array:
     """One column out of an array for each text."""
-    if kind == pa.binary():
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
         return pa.array([piece.tobytes() for piece in pieces], kind)
     offsets = np.cumsum([0, *map(len, pieces)]).astype(np.int32)
     values = pa.array(np.concatenate(pieces), kind.value_type)

@@ -21,6 +21,10 @@ NO_SPAN = -1
 """The number of a token that belongs to no span."""
 
 
+class NothingInCommon(ValueError):
+    """One of two vocabularies can write nothing of an answer that the other one writes."""
+
+
 @dataclass(frozen=True)
 class Placed:
     """A text and its tokens.
@@ -86,7 +90,8 @@ def align(student: Sequence[Placed], teacher: Sequence[Placed]) -> tuple[list[in
         have the same numbers, in ascending order.
 
     Raises:
-        ValueError: The two views hold different texts, or no span at all.
+        NothingInCommon: There is no span at all.
+        ValueError: The two views hold different texts.
     """
     if len(student) != len(teacher):
         raise ValueError(
@@ -99,7 +104,10 @@ def align(student: Sequence[Placed], teacher: Sequence[Placed]) -> tuple[list[in
             side += [number if number == NO_SPAN else number + count for number in found]
         count = 1 + max(ours, default=NO_SPAN)
     if count == 0:
-        raise ValueError("student and teacher have no piece of the answer's text in common")
+        raise NothingInCommon(
+            "student and teacher have no piece of the answer's text in common, as where one vocabulary can't write "
+            "it; take the row out, or set data.too_long to drop"
+        )
     return ours, theirs
 
 

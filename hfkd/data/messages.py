@@ -37,17 +37,31 @@ def clean(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
     return [{key: value for key, value in message.items() if value is not None} for message in messages]
 
 
+def is_answered(row: Row) -> bool:
+    """Whether a conversation (`messages`) ends with the assistant's turn."""
+    return bool(row["messages"]) and clean(row["messages"])[-1]["role"] == "assistant"
+
+
 def prompt_messages(row: Row) -> list[Message]:
     """What stands before the answer, as messages; a text becomes one user message."""
     if has_messages(row):
-        return clean(row["messages"])[:-1]
+        return clean(row["messages"])[: -1 if is_answered(row) else None]
     prompt = required(row, "prompt")
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else clean(prompt)
 
 
 def completion_messages(row: Row) -> list[Message]:
-    """The answer as messages; a text becomes one assistant message."""
+    """The answer as messages; a text becomes one assistant message.
+
+    Raises:
+        ValueError: The row has no answer.
+    """
     if has_messages(row):
+        if not is_answered(row):
+            raise ValueError(
+                "the conversation doesn't end with the assistant's turn, so there is no answer to learn; add one, or "
+                "let the student or the teacher write it (answer)"
+            )
         return clean(row["messages"])[-1:]
     completion = required(row, "completion")
     if isinstance(completion, str):

@@ -22,6 +22,7 @@ from hfkd.data.messages import (
     completion_messages,
     completion_text,
     has_messages,
+    is_answered,
     is_conversational,
     prompt_messages,
     required,
@@ -194,14 +195,14 @@ class PromptBuilder:
         """Copy a row with a generated text as its completion.
 
         What the answer template would add is taken off the text, so that the text isn't doubled when it is written
-        again. The gold answer stays in `answer`.
+        again. It stands behind a conversation's last turn, in the place of the answer if there is one. The gold
+        answer stays in `answer`.
         """
         copy = dict(row)
-        if copy.get("answer") is None and (has_messages(row) or row.get("completion")):
+        if copy.get("answer") is None and (is_answered(row) if has_messages(row) else row.get("completion")):
             copy["answer"] = completion_text(row)
         if has_messages(row):
-            last = clean(row["messages"])[-1]
-            copy["messages"] = [*clean(row["messages"])[:-1], {"role": last["role"], "content": text.strip()}]
+            copy["messages"] = [*prompt_messages(row), {"role": "assistant", "content": text.strip()}]
         elif isinstance(row.get("prompt"), str) and not isinstance(row.get("completion"), list | tuple):
             copy["completion"] = text.strip() if self._chats(row) else self._unformatted(text)
         else:

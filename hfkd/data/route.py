@@ -23,23 +23,25 @@ def check_route(route: Route | None) -> tuple[str, tuple[str, ...]] | None:
     return column, tuple(names)
 
 
-def route_of(route: tuple[str, Sequence[str]], row: Mapping[str, Any]) -> int:
+def route_of(route: tuple[str, Sequence[str]], row: Mapping[str, Any], called: str | None = None) -> int:
     """The place of a row's teacher among the names.
 
     Args:
         route: The column, and the names of the teachers.
         row: As it came.
+        called: The column's name in messages, where the file has another one.
 
     Raises:
         ValueError: The column is missing or empty, or holds a name that no teacher has.
     """
     column, names = route
+    called = called or column
     known = f"known teachers are {', '.join(names)}"
     if column not in row:
-        raise ValueError(f"it has no column {column!r}, which names its teacher, but {sorted(row)}; {known}")
+        raise ValueError(f"it has no column {called!r}, which names its teacher, but {sorted(row)}; {known}")
     found = row[column]
     if found is None or found == "":
-        raise ValueError(f"its column {column!r} is empty, so it has no teacher; {known}")
+        raise ValueError(f"its column {called!r} is empty, so it has no teacher; {known}")
     if found not in names:
-        raise ValueError(f"its column {column!r} names the teacher {found!r}; {known}")
+        raise ValueError(f"its column {called!r} names the teacher {found!r}; {known}")
     return list(names).index(found)

@@ -58,6 +58,16 @@ def encode(
     return {"input_ids": ids, "labels": labels}
 
 
+def answer_start(encoded: Encoded) -> int:
+    """The number of tokens before the last answer, whatever is learned of earlier turns."""
+    labels, place = encoded["labels"], len(encoded["labels"])
+    while place and labels[place - 1] == IGNORE:
+        place -= 1
+    while place and labels[place - 1] != IGNORE:
+        place -= 1
+    return place
+
+
 def prompt_length(encoded: Encoded) -> int:
     """The number of tokens before the first one that is learned."""
     return next((place for place, label in enumerate(encoded["labels"]) if label != IGNORE), len(encoded["labels"]))

@@ -17,11 +17,11 @@ import torch
 from torch.utils.data import Dataset
 
 from hfkd.batch import IGNORE
-from hfkd.data.alignment import align, span_column
+from hfkd.data.alignment import NothingInCommon, align, span_column
 from hfkd.data.messages import Row, prompt_key
 from hfkd.data.prompts import PromptBuilder
 from hfkd.data.route import Route, check_route, route_of
-from hfkd.data.tokenize import Encoded, encode, prompt_length
+from hfkd.data.tokenize import Encoded, answer_start, encode, prompt_length
 from hfkd.data.weights import TokenWeights, weights_of
 from hfkd.prefix import common_prefix
 
@@ -108,19 +108,23 @@ class DistillationDataset(Dataset):
         teacher_view: Whether a teacher reads a prompt of its own.
         max_length: The longest student view, in tokens, with the longest demonstrations that a draw can pick.
         teacher_max_length: The longest teacher view, in tokens; None means `max_length`.
-        too_long: `raise`, or `drop` and count in `dropped`.
+        too_long: `raise`, or `drop` and count in `dropped`; rows of whose answer the two tokenizers can write nothing
+            in common are treated like those that are too long.
         whole_text: Learn the whole student view, see `hfkd.data.tokenize.encode`; excludes a second view.
         seed: Of the student's draws.
         token_weights: How much each supervised token counts, see `hfkd.data.weights`; None counts all alike.
         route: The column that names each row's teacher, and the names that it may hold; None where one teaches all.
         teacher_builder: Writes and tokenizes for a teacher with a tokenizer of its own; None where it has the
             student's.
+        name: What the rows are called in messages, such as `training`.
 
     Attributes:
         second_view: Whether the teacher's prompt ever differs from the student's; where it doesn't, `teacher` is None.
         shared_prefix: What all prompts of the teacher begin with, shorter than each of them. Of the view that the
             teacher reads; empty where that changes with the student's draws.
-        dropped: Rows left out because a view was too long.
+        longest_prompts: By view (`student`, `teacher`), the most tokens that any example has before its last answer,
+            with the longest demonstrations that a draw can pick.
+        dropped: Rows left out because a view was too long, or the tokenizers had nothing in common.
         dropped_demonstrations: Rows left out because they are demonstrations.
 
     Raises:
@@ -145,14 +149,16 @@ class DistillationDataset(Dataset):
         token_weights: TokenWeights | None = None,
         route: Route | None = None,
         teacher_builder: PromptBuilder | None = None,
+        name: str = "training",
     ) -> None:
-        _check_settings(rows, student_shots, too_long)
+        _check_settings(rows, student_shots, too_long, name)
         self.builder, self.demonstrations, self.seed = builder, list(demonstrations), seed
-        self.teacher_builder = teacher_builder
+        self.teacher_builder, self.name = teacher_builder, name
         self.student_shots, self.whole_text, self.teacher_view = tuple(student_shots), whole_text, teacher_view
         self.max_length, self.teacher_max_length = max_length, teacher_max_length or max_length
         self.too_long, self.token_weights, self.route = too_long, token_weights, check_route(route)
         self.second_view, self.dropped, self.dropped_demonstrations = False, 0, 0
+        self.longest_prompts = {"student": 0, "teacher": 0}
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._rows = rows
         self._kept: list[int] = []
@@ -247,7 +253,7 @@ class DistillationDataset(Dataset):
             except ValueError as error:
                 if isinstance(error, _TooLong):
                     raise
-                raise ValueError(f"training row {number}: {error}") from error
+                raise ValueError(f"{self.name} row {number}: {error}") from error
         self._check_left()
         if not self.second_view:
             self._teacher = []
@@ -269,27 +275,40 @@ class DistillationDataset(Dataset):
         heaviest = sorted(available, key=weight, reverse=True)[: max(self.student_shots)]
         student = self._encode_student(row, heaviest)
         fits = self._check_length(len(student["input_ids"]), number, "student", drop=True)
-        read = student
+        read, spans = student, None
         if self.teacher_view:
             read = encode(self.teacher_builder or self.builder, row, available, privileged=True)
             fits = self._check_length(len(read["input_ids"]), number, "teacher", drop=True) and fits
+        if fits and self.teacher_view and self.teacher_builder is not None:
+            spans = self._align(row)
+            fits = spans is not None
         if not fits:
             self.dropped += 1
             return
         if self.token_weights is not None and (isinstance(self.token_weights, str) or not self._kept):
             weights_of(self.token_weights, row, student["labels"], IGNORE)  # a fault is found now, not in training
         self._kept.append(number)
+        for view, encoded in (("student", student), ("teacher", read)):
+            self.longest_prompts[view] = max(self.longest_prompts[view], answer_start(encoded))
         stored = _Stored.of(read)
         constant.append(stored.ids[: prompt_length(read)])
         if not self.teacher_view:
             return
         self._teacher.append(stored)
-        if self.teacher_builder is not None:
-            spans = align(self.builder.answer_pieces(row), self.teacher_builder.answer_pieces(row))
+        if spans is not None:
             self._spans.append(tuple(np.asarray(side, dtype=np.int32) for side in spans))
         several = bool(available) and (len(set(self.student_shots)) > 1 or max(self.student_shots) > 1)
         other = several or self.teacher_builder is not None
         self.second_view = self.second_view or other or read["input_ids"] != student["input_ids"]
+
+    def _align(self, row: Row) -> tuple[list[int], list[int]] | None:
+        """The spans of a row's answer; None where it has none and such rows are dropped."""
+        try:
+            return align(self.builder.answer_pieces(row), self.teacher_builder.answer_pieces(row))
+        except NothingInCommon:
+            if self.too_long == "raise":
+                raise
+            return None
 
     def _check_length(self, length: int, number: int, view: str, drop: bool = False) -> bool:
         limit, setting = (
@@ -301,7 +320,7 @@ class DistillationDataset(Dataset):
             return False
         longest = " with the longest demonstrations that can be drawn" if view == "student" and drop else ""
         raise _TooLong(
-            f"training row {number}: the {view}'s view has {length} tokens{longest}, the limit is "
+            f"{self.name} row {number}: the {view}'s view has {length} tokens{longest}, the limit is "
             f"{setting}={limit}; raise data.{setting}, show fewer or shorter demonstrations, or set data.too_long "
             "to drop. Nothing is ever cut"
         )
@@ -309,9 +328,10 @@ class DistillationDataset(Dataset):
     def _check_left(self) -> None:
         if self._kept:
             return
+        unlike = ", or hold nothing that both tokenizers can write" if self.teacher_builder is not None else ""
         raise ValueError(
-            f"none of {len(self._rows)} training rows is left: {self.dropped} are longer than "
-            f"max_length={self.max_length} (student) or {self.teacher_max_length} (teacher), "
+            f"none of {len(self._rows)} {self.name} rows is left: {self.dropped} are longer than "
+            f"max_length={self.max_length} (student) or {self.teacher_max_length} (teacher){unlike}, "
             f"{self.dropped_demonstrations} are demonstrations themselves; raise the limits, or give other rows"
         )
 
@@ -320,9 +340,9 @@ class _TooLong(ValueError):
     """A view is longer than its limit; the message names the row."""
 
 
-def _check_settings(rows: Sequence[Any], shots: Sequence[int], too_long: str) -> None:
+def _check_settings(rows: Sequence[Any], shots: Sequence[int], too_long: str, name: str) -> None:
     if len(rows) == 0:
-        raise ValueError("the training set is empty; look at data.train")
+        raise ValueError(f"the {name} set is empty{'; look at data.train' if name == 'training' else ''}")
     if not shots or any(isinstance(count, bool) or not isinstance(count, int) or count < 0 for count in shots):
         raise ValueError(f"student_shots is {list(shots)}; expected numbers of demonstrations such as [0, 1]")
     if too_long not in ("raise", "drop"):

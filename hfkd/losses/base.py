@@ -48,8 +48,9 @@ class TokenLoss(nn.Module, ABC):
     """
 
     fits_text: ClassVar[bool] = False
-    """Whether it learns the token that the text really has. On text that the student wrote itself it is left out: that
-    would teach the student whatever it says already.
+    """Whether it learns the token that the text really has, besides what a teacher says. On text that the student
+    wrote itself such a loss is left out, and so is one that asks no teacher: it would teach the student whatever it
+    says already.
     """
 
     reads_samples: ClassVar[bool] = False
@@ -61,6 +62,11 @@ class TokenLoss(nn.Module, ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.key = recipe_key(cls.__name__)
+
+    @property
+    def learns_text(self) -> bool:
+        """Whether it `fits_text`, or asks no teacher, so that there is nothing else that it could learn."""
+        return self.fits_text or not self.needs
 
     @abstractmethod
     def forward(self, chunk: TokenChunk) -> Tensor:

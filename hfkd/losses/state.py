@@ -79,6 +79,11 @@ class StateLoss(nn.Module, ABC):
     compares_vectors: ClassVar[bool] = True
     """Whether student and teacher vectors must have the same width."""
 
+    @property
+    def learns_text(self) -> bool:
+        """As for losses on tokens."""
+        return self.fits_text or not self.needs
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.key = recipe_key(cls.__name__)

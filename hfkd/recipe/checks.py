@@ -119,11 +119,12 @@ def needs_faults(recipe: Recipe, needs: Collection[str]) -> Iterator[str]:
             f"loss.terms: {kinds} asks for a teacher's {' and '.join(sorted(needs))}, and teacher.kind is none; "
             "use cross_entropy alone, or name a teacher"
         )
-    if recipe.data.whole_text and (recipe.teacher.kind == "self" or recipe.data.demonstrations.count > 0):
+    differ = recipe.teacher.kind in ("self", "cross_tokenizer") or recipe.data.demonstrations.count > 0
+    if recipe.data.whole_text and differ:
         yield (
             f"data.whole_text: true trains on each view's whole text, so student and teacher have different "
             f"tokens and {kinds} "
-            "can't compare them; use cross_entropy alone, another model as the teacher without demonstrations "
+            "can't compare them; use cross_entropy alone, a teacher of kind local without demonstrations "
             "(both then read the same), or whole_text: false"
         )
 

@@ -53,6 +53,20 @@ def answer_faults(recipe: Recipe) -> Iterator[str]:
     if "student" in writers and kind == "cross_tokenizer":
         yield "data.answer: the student's text can't be given to a teacher with another tokenizer; use answer: dataset"
     yield from _writing_faults(data)
+    yield from _buffer(recipe)
+
+
+def _buffer(recipe: Recipe) -> Iterator[str]:
+    """A buffer that can't hold what one step writes; values of the wrong type are told elsewhere."""
+    names = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}  # defaults of TrainingArguments
+    batch, times = (recipe.training.get(name, default) for name, default in names.items())
+    size = recipe.data.generation.buffer_size
+    if size and isinstance(batch, int) and isinstance(times, int) and size < batch * times:
+        yield (
+            f"data.generation.buffer_size: got {size}, and a step writes {batch * times} texts on each process "
+            f"(training.per_device_train_batch_size {batch} times training.gradient_accumulation_steps {times}); set "
+            "it to a few times as many, or to 0 for no buffer"
+        )
 
 
 def _writing_faults(data: DataSection) -> Iterator[str]:
@@ -74,22 +88,50 @@ def _writing_faults(data: DataSection) -> Iterator[str]:
 
 def second_view_faults(recipe: Recipe) -> Iterator[str]:
     """A teacher with the student's weights and the student's prompt has nothing to say; own prompt code is trusted."""
-    data = recipe.data
-    if recipe.teacher.kind != "self" or data.prompt.builder is not None or _may_hold_context(data.train):
+    data, kind = recipe.data, recipe.teacher.kind
+    if not wants_second_view(recipe) or data.prompt.builder is not None or _may_hold_context(data.train):
         return
-    if data.demonstrations.count == 0:
+    if data.demonstrations.count == 0 and may_do_without(recipe.teacher):
+        yield (
+            f"teacher.kind: {kind} begins as the student and reads the same prompt, and no term learns the text; "
+            "set data.demonstrations.count, or add cross_entropy"
+        )
+    elif data.demonstrations.count == 0:
         yield (
             "teacher.kind: self needs a second prompt, and there is none: data.demonstrations.count is 0 and "
             "the rows of "
             f"{data.train.path} have no privileged_context; set data.demonstrations.count, or map a column to "
             "privileged_context in data.train.columns"
         )
-    elif min(data.student_shots) == data.demonstrations.count:
+    elif kind == "self" and min(data.student_shots) == data.demonstrations.count:
         yield (
             f"data.student_shots: got {data.student_shots}, as many as the self-teacher reads "
             f"(data.demonstrations.count is "
             f"{data.demonstrations.count}), so both would read the same; give the student fewer"
         )
+
+
+def wants_second_view(recipe: Recipe) -> bool:
+    """Whether the teacher has nothing to say behind the student's own prompt: it has the student's weights, or begins
+    with them and no term moves the student away.
+    """
+    if may_do_without(recipe.teacher):
+        return not _may_learn_text(recipe)
+    return recipe.teacher.kind == "self"
+
+
+def may_do_without(teacher: TeacherSection) -> bool:
+    """Whether it only begins with the student's weights: it differs from a student that learns the text as well."""
+    return teacher.kind in ("ema", "snapshot") or (teacher.kind == "self" and teacher.weights == "frozen_copy")
+
+
+def _may_learn_text(recipe: Recipe) -> bool:
+    """Whether a term learns the text's own tokens; a class of the user's own is trusted to."""
+    from hfkd.losses import LOSSES, STATE_LOSSES
+
+    kinds = {**LOSSES, **STATE_LOSSES}
+    known = [kinds.get(term.kind) for term in recipe.loss.terms]
+    return any(loss is None or loss.fits_text or not loss.needs for loss in known)
 
 
 def _may_hold_context(train: SourceSection) -> bool:

@@ -7,13 +7,14 @@ what the prompts say or of who answers.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, closing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def teacher_answers(
         prompts: Token ids of what the teacher reads.
         rollout: Generates.
         model_context: Makes a context manager that yields the model with the teacher's weights in force; entered only
-            if an answer is missing.
+            if an answer is missing. None where nobody can answer: the file is read and never changed.
         path: The JSONL file; its folder is made if need be.
         fingerprint: What decides the answers besides the prompt (model, revision, ...), as JSON values. The rollout's
             settings are added.
@@ -55,7 +56,9 @@ def teacher_answers(
         answer may be empty, or cut at the limit of tokens; how many are is logged.
 
     Raises:
-        ValueError: The file was written under another fingerprint, or a whole line of it is damaged.
+        ValueError: The file was written under another fingerprint, a whole line of it is damaged, or an answer is
+            missing and there is no model.
+        OSError: The disk is full; says how many answers lie there.
         RuntimeError: The process that generates has failed (raised in the others).
     """
     if len(rows) != len(prompts):
@@ -69,17 +72,19 @@ def teacher_answers(
     missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in file.answers}
     if missing and model_context is None:
         raise ValueError(
-            f"{path} lacks the teacher's answers to {len(missing)} of {len(prompts)} prompts, and nobody is there to write "
-            "them. Build the cache with the number of steps, the batch size and the number of processes that the run "
-            "has, or use `answer: dataset`."
+            f"{path} lacks the teacher's answers to {len(missing)} of {len(prompts)} prompts, and nobody is there to "
+            "write them. Build the cache with the number of steps, the batch size and the number of processes that "
+            "the run has, or use `answer: dataset`."
         )
     state.wait_for_everyone()
     if state.is_main_process and missing:
-        file.repair()
+        with _room(file, missing):
+            file.repair()
     state.wait_for_everyone()
     if state.is_main_process:
         if missing:
-            _generate(missing, rollout, model_context, file)
+            with _room(file, missing):
+                _generate(missing, rollout, model_context, file)
     else:
         _wait_for(file, missing)
     state.wait_for_everyone()
@@ -217,8 +222,26 @@ def _generate(
         ):
             file.append((keys[index], completion) for index, completion in stream)
     except BaseException as problem:
-        file.append_failure(problem)
+        with suppress(OSError):  # a full disk takes no note of it either
+            file.append_failure(problem)
         raise
+
+
+@contextmanager
+def _room(file: AnswerFile, keys: Iterable[str]) -> Iterator[None]:
+    """Say of a disk that fills up how many answers it holds, and about how much the others need."""
+    try:
+        yield
+    except OSError as problem:
+        if problem.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        missing = len(set(keys) - file.answers.keys())
+        size = file.path.stat().st_size / max(1, len(file.answers)) if file.path.exists() else 0
+        raise OSError(
+            f"The disk of {file.path.parent} is full: {len(file.answers)} of the teacher's answers are written, "
+            f"{missing} are missing and need about {missing * size / 1024:.0f} KiB. Make room and run the same "
+            "command again, it goes on from there."
+        ) from problem
 
 
 def _wait_for(file: AnswerFile, missing: Mapping[str, list[int]]) -> None:

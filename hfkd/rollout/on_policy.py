@@ -45,6 +45,8 @@ class Mixture:
     def of(cls, answer: Mixture | str | Mapping[str, float]) -> Mixture:
         """Read `"student"`, `"dataset"`, `"teacher"`, or shares such as `{"student": 0.5, "dataset": 0.5}`.
 
+        Shares are scaled to sum to 1: `{"student": 3, "dataset": 1}` is three quarters and one.
+
         Raises:
             ValueError: An unknown source, a share that is negative or no number, or no share above 0.
         """
@@ -102,6 +104,7 @@ class Writer:
 
     Raises:
         ValueError: Who is to write can't.
+        TypeError: The rollout is none.
     """
 
     def __init__(
@@ -187,6 +190,11 @@ class Writer:
         sources = [name for name in self.mixture.sources if name != "dataset"]
         if self.rollout is None:
             raise ValueError(f"answer lets the {' and the '.join(sources)} write, but there is no rollout to do it.")
+        if not isinstance(self.rollout, Rollout):
+            raise TypeError(
+                f"rollout is a {type(self.rollout).__name__}; expected an object of a subclass of hfkd.Rollout, such "
+                "as HFRollout(tokenizer)."
+            )
         if "teacher" in sources and self._contexts["teacher"] is None:
             raise ValueError("answer lets the teacher write, but there is no teacher whose weights could.")
         if "teacher" in sources and not self.rollout.any_model:

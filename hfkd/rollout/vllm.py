@@ -52,7 +52,7 @@ class VllmRollout(Rollout):
         accelerator: Accelerator | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        self._engine_class = _engine_class()
+        self._engine_class = engine_class()
         self.tokenizer, self.settings = tokenizer, settings or GenerationSettings()
         self.accelerator, self.options = accelerator, dict(options or {})
         self._check_options()
@@ -138,7 +138,12 @@ class VllmRollout(Rollout):
         return max(gather_object([count])) if self._engine.accelerator.num_processes > 1 else count
 
 
-def _engine_class() -> type:
+def engine_class() -> type:
+    """TRL's layer over vLLM.
+
+    Raises:
+        ImportError: vLLM isn't there.
+    """
     from trl.import_utils import is_vllm_available
 
     if not is_vllm_available():

@@ -14,6 +14,7 @@ from hfkd.compatibility import check_parts
 from hfkd.config import DistillationConfig
 from hfkd.data.load import Source
 from hfkd.data.prompts import PromptBuilder, PromptStyle
+from hfkd.data.route import route_of
 from hfkd.loading import readable
 from hfkd.objective import Objective, build_objective
 from hfkd.recipe.checks import is_own_class, needs_faults, objective_options, term_specs
@@ -22,6 +23,7 @@ from hfkd.recipe.source import RecipeError
 from hfkd.record import check_output_folder, recipe_fingerprint
 from hfkd.rollout.base import GenerationSettings
 from hfkd.rollout.on_policy import Mixture
+from hfkd.rollout.vllm import engine_class
 from hfkd.run.models import (
     import_named,
     load_student,
@@ -94,15 +96,41 @@ def build(recipe: Recipe, *, dry: bool = False) -> Run:
             own_teacher(section.kind)
     if dry:
         return run
+    if recipe.data.generation.backend == "vllm":
+        _check_engine()
     check_output_folder(run.output_dir, recipe.training.get("run_policy", "refuse"), run.fingerprint)
     run.take(load_data(recipe, run.sources))
     run.tokenizer = load_tokenizer(recipe.student)
     run.builder = PromptBuilder(run.tokenizer, run.style)
     run.teacher = make_teacher(recipe)
+    _check_routes(recipe, run)
     check_parts(run.objective, run.teacher, Mixture.of(recipe.data.shares), recipe.student.lora is not None)
     run.model = load_student(recipe, seed=run.config.seed)
     prepare_teacher(recipe, run.teacher, run.model, run.tokenizer)
     return run
+
+
+def _check_engine() -> None:
+    """Make sure that vLLM is there, before anything is loaded."""
+    try:
+        engine_class()
+    except ImportError as error:
+        raise ValueError(f"data.generation.backend: {error}") from error
+
+
+def _check_routes(recipe: Recipe, run: Run) -> None:
+    """Look up the teacher of every row, before any model is loaded.
+
+    Raises:
+        ValueError: A row names none, or one that there isn't.
+    """
+    if run.teacher is None or run.teacher.route is None:
+        return
+    for number, row in enumerate(run.train):
+        try:
+            route_of(run.teacher.route, row, recipe.teacher.column)
+        except ValueError as error:
+            raise ValueError(f"training row {number}: {error}") from error
 
 
 def build_for_evaluation(recipe: Recipe, adapter: Path | None = None) -> Run:

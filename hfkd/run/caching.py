@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +20,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from hfkd.batch import Batch, View
 from hfkd.cache import CacheError, CacheWriter, Codec, Hidden, Manifest, clear_cache, compare, texts_of
-from hfkd.cache.format import MANIFEST_NAME, write_whole
-from hfkd.cache.writer import remove_notes, size_in_words
+from hfkd.cache.folder import alone_in, is_full, remove_notes, size_in_words
+from hfkd.cache.format import HEAD_NAME, MANIFEST_NAME, write_whole
+from hfkd.compatibility import check_readers_of_draws
 from hfkd.data.prompts import PromptBuilder
 from hfkd.loading import readable
 from hfkd.recipe.schema import Recipe
@@ -32,7 +33,7 @@ from hfkd.run.expected import expected_contract, loss_temperature, teacher_contr
 from hfkd.run.models import load_student, load_tokenizer, make_teacher, prepare_teacher
 from hfkd.run.rows import load_data
 from hfkd.run.texts import ANSWERS_NAME, answered_rows, fitting, make_dataset, prepare_to_write, visited_rows
-from hfkd.signal import DISTRIBUTION
+from hfkd.signal import DISTRIBUTION, STATES
 from hfkd.student import check_head
 
 if TYPE_CHECKING:
@@ -67,8 +68,9 @@ def build_cache(
         The manifest of the finished cache.
 
     Raises:
-        CacheError: The folder holds another cache, or the disk is full.
-        ValueError: The recipe or its data can't work, or its teacher can't be cached.
+        CacheError: The folder holds another cache, another build runs there, the codec can't keep such a teacher, or
+            the disk is full.
+        ValueError: The recipe or its data can't work, its teacher can't be cached, or its terms can't read the cache.
         OSError: A file is missing or damaged.
     """
     return _Build(recipe, Path(out), codec, temperature, batch_size, console).conduct(overwrite)
@@ -95,13 +97,21 @@ class _Build:
                 "are known before; expected dataset or teacher"
             )
         self.run = _without_models(self.recipe)
+        self._check_terms()
+        codec.check(_student_vocabulary(self.recipe))
         self.temperature = self._choose_temperature(temperature)
         self.state = PartialState()
         first = self.state.is_main_process
         self.console = (console or Console()) if first else Console(quiet=True)
 
     def conduct(self, overwrite: bool) -> Manifest:
-        """All stages in order."""
+        """All stages in order, in a folder that no other build has meanwhile."""
+        with ExitStack() as held:
+            if overwrite or not self._is_complete():  # a finished cache may lie where nothing can be written
+                self._on_first(lambda: held.enter_context(alone_in(self.out)))
+            return self._build(overwrite)
+
+    def _build(self, overwrite: bool) -> Manifest:
         if overwrite:
             self._clear()
         self._compare({"teacher": teacher_contract(self.recipe), **self._kept()})
@@ -188,6 +198,22 @@ class _Build:
             hidden_dtype=dtype,
         )
 
+    def _check_terms(self) -> None:
+        """Refuse a cache that the recipe's terms couldn't read.
+
+        Raises:
+            ValueError: Names them.
+        """
+        objective = self.run.objective
+        if STATES in objective.needs:
+            named = [term.name for term in objective.terms if STATES in term.loss.needs]
+            raise ValueError(
+                f"loss.terms: {named} read the states of the teacher's layers, and no cache holds those; leave them "
+                "out, or train with the teacher itself"
+            )
+        if self.codec.drawn:
+            check_readers_of_draws(objective)
+
     def _choose_temperature(self, wanted: float | None) -> float | None:
         """The temperature of the cache; none for hidden states, which serve any."""
         if isinstance(self.codec, Hidden):
@@ -207,13 +233,14 @@ class _Build:
     def _kept(self) -> dict[str, Any]:
         return {"temperature": self.temperature, "codec": self.codec.describe()}
 
+    def _is_complete(self) -> bool:
+        return (self.out / MANIFEST_NAME).exists() and Manifest.read(self.out).status == "complete"
+
     def _compare(self, contract: dict[str, Any]) -> bool:
         """Hold what is known against the cache that is there; whether that is complete."""
-        if not (self.out / MANIFEST_NAME).exists():
-            return False
-        there = Manifest.read(self.out)
-        compare(there.contract, contract, self.out, _REMEDY)
-        return there.status == "complete"
+        if (self.out / MANIFEST_NAME).exists():
+            compare(Manifest.read(self.out).contract, contract, self.out, _REMEDY)
+        return self._is_complete()
 
     def _clear(self) -> None:
         def delete() -> None:
@@ -234,7 +261,8 @@ class _Build:
 
 
 def push_cache(folder: str | Path, repo_id: str, private: bool = True) -> None:
-    """Send a finished cache to the hub, as a data set whose viewer shows its rows.
+    """Send a finished cache to the hub, as a data set whose viewer shows its rows; the files of a cache that was there
+    before are deleted. Nothing is written into the folder.
 
     Args:
         folder: The cache.
@@ -249,11 +277,13 @@ def push_cache(folder: str | Path, repo_id: str, private: bool = True) -> None:
     folder, manifest = Path(folder), Manifest.read(Path(folder))
     if manifest.status != "complete":
         raise CacheError(f"The cache in {folder} isn't finished; run `hfkd cache` again before --push.")
-    write_whole(folder / "README.md", dataset_card(manifest).encode())
     api = HfApi()
     api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
-    wanted = ["part-*.parquet", MANIFEST_NAME, "head.safetensors", "README.md", ANSWERS_NAME]
-    api.upload_folder(repo_id=repo_id, repo_type="dataset", folder_path=folder, allow_patterns=wanted)
+    target = {"repo_id": repo_id, "repo_type": "dataset"}
+    wanted = [*(shard["name"] for shard in manifest.shards), MANIFEST_NAME, HEAD_NAME, ANSWERS_NAME]
+    old = ["part-[0-9][0-9][0-9][0-9][0-9]*.parquet", HEAD_NAME, ANSWERS_NAME]  # what is sent anew isn't deleted
+    api.upload_folder(**target, folder_path=folder, allow_patterns=wanted, delete_patterns=old)
+    api.upload_file(**target, path_or_fileobj=dataset_card(manifest).encode(), path_in_repo="README.md")
 
 
 def dataset_card(manifest: Manifest) -> str:
@@ -261,8 +291,10 @@ def dataset_card(manifest: Manifest) -> str:
     contract, build = manifest.contract, manifest.build
     teacher, code = contract["teacher"], ", ".join(f"{name} {value}" for name, value in contract["codec"].items())
     head = ["---", "configs:", "- config_name: default", "  data_files: part-*.parquet", "tags:", "- hfkd"]
+    revision = teacher.get("commit") or teacher["revision"]
+    named = teacher["dtype"] if revision is None else f"revision {revision}, {teacher['dtype']}"
     facts = {
-        "Teacher": f"{teacher['model']} (revision {teacher.get('commit') or teacher['revision']}, {teacher['dtype']})",
+        "Teacher": f"{teacher['model']} ({named})",
         "Texts": build["rows"],
         "Supervised tokens": build["tokens"],
         "Code": code,
@@ -271,7 +303,7 @@ def dataset_card(manifest: Manifest) -> str:
         "Bytes per token": manifest.facts["bytes_per_token"],
         "Error": manifest.facts["error"],
     }
-    lines = [f"| {name} | {str(value).replace(chr(124), chr(92) + chr(124))} |" for name, value in facts.items()]
+    lines = [f"| {name} | {_cell(value)} |" for name, value in facts.items()]
     text = (
         "What a language model said of each supervised token of a data set, for distillation without the model. Rows "
         "are found by the hash of a text's tokens (`row_hash`); the texts themselves are not here. `manifest.json` "
@@ -280,6 +312,11 @@ def dataset_card(manifest: Manifest) -> str:
     return "\n".join(
         [*head, "- distillation", "---", "", "# Cached teacher", "", text, "", "| | |", "|---|---|", *lines, ""]
     )
+
+
+def _cell(value: Any) -> str:
+    """A value in a table, where a bar would end the cell."""
+    return str(value).replace("|", r"\|")
 
 
 def _without_models(recipe: Recipe) -> Run:
@@ -305,7 +342,15 @@ def _sort_answers(path: Path) -> None:
     """Bring the answers into an order that doesn't tell where a build was interrupted."""
     first, *lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     ordered = first + "".join(sorted(lines, key=lambda line: json.loads(line)["prompt"]))
-    write_whole(path, ordered.encode())
+    try:
+        write_whole(path, ordered.encode())
+    except OSError as problem:
+        if not is_full(problem):
+            raise
+        raise CacheError(
+            f"The disk of {path.parent} is full: {size_in_words(len(ordered.encode()))} are needed to put the "
+            "teacher's answers in order. All are written; make room and run the same command again."
+        ) from problem
 
 
 @contextmanager

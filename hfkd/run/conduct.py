@@ -28,6 +28,7 @@ from hfkd.objective import build_objective
 from hfkd.recipe.schema import Recipe
 from hfkd.record import (
     RunRecord,
+    check_same_cache,
     check_same_data,
     checkpoints,
     clear_output_folder,
@@ -168,11 +169,12 @@ class _Conductor:
         if run.evaluation is not None:
             parts["evaluation"] = run.evaluation.items
         self.record.data = {name: rows_fingerprint(rows) for name, rows in parts.items()}
-        if self.recipe.training.get("run_policy") == "resume":
-            check_same_data(run.output_dir, self.record.data)
         self.record.student = describe_student(self.recipe, run.model)
         self.record.objective = run.objective.describe()
         self.record.teacher = run.teacher.describe() if run.teacher is not None else {"kind": "none"}
+        if self.recipe.training.get("run_policy") == "resume":
+            check_same_data(run.output_dir, self.record.data)
+            check_same_cache(run.output_dir, self.record.teacher)
 
     def _count(self, dataset: DistillationDataset) -> None:
         """Say what was left out: an example that is dropped in silence is one that nobody misses."""
@@ -207,7 +209,8 @@ class _Conductor:
     def _with_teacher_answers(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The rows with what the prompted teacher wrote; rows that it left empty are taken out and counted."""
         prepare_to_write(self.run)
-        kept = answered_rows(self.run, rows, Path(self.recipe.teacher.cache or self.run.output_dir), written=self.recipe.teacher.cache is not None)
+        cache = self.recipe.teacher.cache
+        kept = answered_rows(self.run, rows, Path(cache or self.run.output_dir), written=cache is not None)
         empty = len(rows) - len(kept)
         self.record.data["teacher_answers"] = {"rows": len(kept), "empty": empty}
         left_out = f"; {empty} answers were empty and are left out" if empty else ""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,9 @@ from hfkd.schedules import all_values, constant_or_schedule
 from hfkd.signal import DISTRIBUTION
 
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
+_WEIGHTS = re.compile(r"(model|pytorch_model|adapter_model).*\.(safetensors|bin|index\.json)|.*\.gguf")
+# Where and how files are fetched and where weights are put, which changes nothing that a model says.
+_FETCHING = ("token", "cache_dir", "local_files_only", "device_map", "proxies", "force_download")
 
 
 def expected_contract(run: Run, dataset: DistillationDataset) -> dict[str, Any]:
@@ -55,7 +60,7 @@ def teacher_contract(recipe: Recipe) -> dict[str, Any]:
         "model": name_of(origin, section.load_kwargs.get("subfolder")),
         "revision": section.revision,
         "dtype": section.dtype,
-        "load_kwargs": mask(section.model_dump(mode="json")["load_kwargs"]),
+        "load_kwargs": deciding(section.model_dump(mode="json")["load_kwargs"]),
     }
     if kind == "self":
         contract["weights"] = weights
@@ -63,6 +68,11 @@ def teacher_contract(recipe: Recipe) -> dict[str, Any]:
         contract["init"] = None if init is None else init.model_dump(mode="json", exclude={"source"})
     commit = _commit(origin, section.revision)
     return contract if commit is None else {**contract, "commit": commit}
+
+
+def deciding(load_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The loading arguments that can change what a model says, as they may be written down."""
+    return mask({name: value for name, value in load_kwargs.items() if name not in _FETCHING})
 
 
 def loss_temperature(objective: Objective) -> float | list[float]:
@@ -78,7 +88,12 @@ def loss_temperature(objective: Objective) -> float | list[float]:
 
 
 def name_of(origin: str, subfolder: str | None = None) -> str:
-    """A hub id as it is; a folder by its last part and a hash of its content, so that no machine's path is told."""
+    """A hub id as it is; a folder by its last part and a hash of its weights, so that no machine's path is told.
+
+    Args:
+        origin: The hub id or the folder.
+        subfolder: In which part of it the weights lie.
+    """
     folder = Path(origin)
     if not folder.exists():
         return origin
@@ -86,13 +101,13 @@ def name_of(origin: str, subfolder: str | None = None) -> str:
 
 
 def _folder_digest(folder: Path) -> str:
-    """A hash of a model's configuration and of its weights: of each weight file its size and pieces all over it."""
+    """A hash of a model's weights: of each file its name, its size and pieces all over it. What else lies there, a
+    configuration that was saved anew too, plays no part.
+    """
     digest = hashlib.sha256()
     files = [folder] if folder.is_file() else sorted(folder.iterdir())
     for path in files:
-        if path.name == "config.json" or path.name.endswith(".index.json"):
-            digest.update(path.name.encode() + path.read_bytes())
-        elif path.suffix in (".safetensors", ".gguf", ".bin"):
+        if path == folder or _WEIGHTS.fullmatch(path.name):
             size = path.stat().st_size
             digest.update(f"{path.name} {size}".encode())
             with path.open("rb") as stream:

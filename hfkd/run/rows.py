@@ -12,6 +12,7 @@ from hfkd.data.load import Source, load_rows
 from hfkd.data.messages import prompt_key
 from hfkd.data.select import LeakageError, check_leakage, split_rows, visited
 from hfkd.recipe.schema import DemonstrationsSection, EvaluationSection, ForgettingSection, Recipe
+from hfkd.recipe.teachers import may_do_without, wants_second_view
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +46,8 @@ def load_data(recipe: Recipe, sources: Mapping[str, Source]) -> Rows:
         sources: By section: `train`, `demonstrations`, `evaluation`, `forgetting.<i>`.
 
     Raises:
-        ValueError: Too few rows, a missing column, demonstrations among the evaluation items, or a self-teacher for
-            which no row holds a second prompt.
+        ValueError: Too few rows, a missing column, demonstrations among the evaluation items, or a teacher with the
+            student's weights for which no row holds a second prompt.
     """
     data, evaluation = recipe.data, recipe.evaluation
     rows = list(load_rows(sources["train"], require_completion=_needs_labels(recipe)))
@@ -99,15 +100,19 @@ def _from_file(source: Source, wanted: DemonstrationsSection) -> list[dict[str, 
 
 
 def _check_second_view(recipe: Recipe, train: Sequence[Mapping]) -> None:
-    if recipe.teacher.kind != "self" or recipe.data.prompt.builder is not None or recipe.data.demonstrations.count:
+    data, kind = recipe.data, recipe.teacher.kind
+    if not wants_second_view(recipe) or data.prompt.builder is not None or data.demonstrations.count:
         return
-    if not any(row.get("privileged_context") for row in train):
-        raise ValueError(
-            f"teacher.kind: self needs a second prompt, and there is none: data.demonstrations.count is 0 and "
-            f"no row of "
-            f"{recipe.data.train.path} has a privileged_context; set data.demonstrations.count, or map a column "
-            f"to privileged_context"
-        )
+    if any(row.get("privileged_context") for row in train):
+        return
+    why, way_out = f"{kind} needs a second prompt, and there is none", ""
+    if may_do_without(recipe.teacher):
+        why = f"{kind} begins as the student and reads the same prompt, and no term learns the text"
+        way_out = ", or add cross_entropy"
+    raise ValueError(
+        f"teacher.kind: {why}: data.demonstrations.count is 0 and no row of {data.train.path} has a "
+        f"privileged_context; set data.demonstrations.count, or map a column to privileged_context{way_out}"
+    )
 
 
 def _apart_from(items: Sequence[Mapping], train: list[dict[str, Any]]) -> list[dict[str, Any]]:

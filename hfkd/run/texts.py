@@ -22,6 +22,7 @@ from hfkd.record import mask
 from hfkd.rollout.answers import teacher_answers
 from hfkd.rollout.hf import HFRollout
 from hfkd.run.build import Run
+from hfkd.run.expected import deciding, name_of
 from hfkd.run.models import token_weights
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def make_dataset(
 ) -> DistillationDataset:
     """Both views of each row, as the recipe says."""
     data = run.recipe.data
-    reads = teacher is not None and bool(objective.needs)
+    reads = teacher is not None and (bool(objective.needs) or "teacher" in data.shares)
     other = PromptBuilder(teacher.tokenizer, run.style) if reads and teacher.other_vocabulary else None
     return DistillationDataset(
         rows,
@@ -97,10 +98,11 @@ def answered_rows(run: Run, rows: Rows, folder: Path, written: bool = False) -> 
         run: Its teacher is asked only if an answer is missing, and must be prepared then.
         rows: To be answered.
         folder: Where the answers are kept.
+        written: Whether all answers lie there, as those of a cache do; nothing is written then.
 
     Raises:
         NothingToLearn: All answers are empty.
-        ValueError: The folder's answers are of another teacher.
+        ValueError: The folder's answers are of another teacher, or lack some that must be there.
     """
     prompts = teacher_prompts(rows, run.builder, fixed_demonstrations(run))
     rollout = HFRollout(run.tokenizer, run.generation)
@@ -125,9 +127,11 @@ def answers_fingerprint(recipe: Recipe) -> dict[str, Any]:
     """What decides the teacher's answers besides the prompts: whose weights they are, and how they are loaded."""
     section = recipe.student if recipe.teacher.kind in ("self", "ema", "snapshot") else recipe.teacher
     names = {"kind", "model", "init", "revision", "dtype", "load_kwargs", "options"}
-    from hfkd.run.expected import name_of
-
     found = mask(section.model_dump(mode="json", include=names))
-    if found.get("model"):
-        found["model"] = name_of(section.model)
+    subfolder = section.load_kwargs.get("subfolder")
+    found["load_kwargs"] = deciding(found["load_kwargs"])
+    if section.model is not None:
+        found["model"] = name_of(section.model, subfolder)
+    if getattr(section, "init", None) is not None:
+        found["init"]["source"] = name_of(section.init.source, subfolder)
     return found

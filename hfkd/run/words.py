@@ -71,7 +71,7 @@ def _whose(teacher: TeacherSection) -> str:
         return f"each row's own of {joined}" if teacher.kind == "routed" else f"the mean of {joined}"
     every = "each epoch" if teacher.every == "epoch" else f"every {teacher.every} steps"
     words = {
-        "ema": f"an average of the student's past weights, decay {teacher.decay:g}",
+        "ema": f"an average of the student's past weights, decay {teacher.decay} every {teacher.interval} step(s)",
         "snapshot": f"the student as it was, taken anew {every}",
         "adapter_off": "the student itself with its adapter switched off",
         "frozen_copy": "a frozen copy of the student as it is now",

@@ -4,6 +4,8 @@ which *weights* it uses, here.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from transformers import PreTrainedModel
 
 from hfkd.teachers.base import Teacher, evaluating
@@ -14,6 +16,15 @@ from hfkd.teachers.moving import EmaTeacher, ShadowTeacher, SnapshotTeacher
 from hfkd.teachers.self_teacher import SelfTeacher
 from hfkd.teachers.several import MixtureTeacher, RoutedTeacher, SeveralTeachers
 from hfkd.teachers.vocabulary import check_embeddings, check_same_tokens
+
+_CLASSES = {
+    "ema": "EmaTeacher()",
+    "snapshot": "SnapshotTeacher()",
+    "cached": "CachedTeacher(folder)",
+    "mixture": "MixtureTeacher({name: teacher, ...})",
+    "routed": "RoutedTeacher({name: teacher, ...})",
+    "cross_tokenizer": "CrossTokenizerTeacher(model)",
+}
 
 
 def as_teacher(teacher: Teacher | PreTrainedModel | str | None, adapter: bool) -> Teacher | None:
@@ -27,6 +38,13 @@ def as_teacher(teacher: Teacher | PreTrainedModel | str | None, adapter: bool) -
         return teacher
     if teacher == "self":
         return SelfTeacher("adapter_off" if adapter else "frozen_copy")
+    if isinstance(teacher, Mapping):
+        raise ValueError(
+            "teacher is a mapping; expected one teacher. Several are MixtureTeacher({name: teacher, ...}) or "
+            "RoutedTeacher({name: teacher, ...}) of hfkd.teachers."
+        )
+    if isinstance(teacher, str) and teacher in _CLASSES:
+        raise ValueError(f"teacher is {teacher!r}, which is no hub id; make one: {_CLASSES[teacher]}.")
     return LocalTeacher(teacher)
 
 

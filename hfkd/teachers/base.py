@@ -35,8 +35,16 @@ class Teacher(ABC):
     other_vocabulary: bool = False
     """Whether its ids are not the student's, so that only losses made for that can read it."""
 
+    drawn: bool = False
+    """Whether its distributions are known through drawn ids only, so that only losses made for that can read it."""
+
     route: tuple[str, tuple[str, ...]] | None = None
     """The column that names each row's teacher, and the names that it may hold; None where one teacher teaches all."""
+
+    begins_as_student: bool = False
+    """Whether its weights are the student's before the first step, so that on the student's own prompt it has nothing
+    to say until something else moves the student.
+    """
 
     needs_adapter: bool = False
     """Whether the student must have an adapter."""
@@ -69,6 +77,11 @@ class Teacher(ABC):
             TypeError: This teacher has no model to generate with.
         """
         raise TypeError(f"{type(self).__name__} has no model that can write answers. Use `answer: dataset`.")
+
+    @property
+    def writes(self) -> bool:
+        """Whether it has a model that can write answers, see `weights`."""
+        return type(self).weights is not Teacher.weights
 
     def share_prefix(self, ids: Sequence[int]) -> None:
         """Hear of the tokens that all its prompts begin with; a teacher may use them to save work."""
@@ -123,7 +136,7 @@ class Teacher(ABC):
         return None
 
     def after_epoch(self, epoch: float) -> None:
-        """Hear that an epoch ended.
+        """Hear that an epoch ended. A run that was resumed may tell the last one once more.
 
         Args:
             epoch: Epochs made so far.

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hfkd.batch import Batch
+from hfkd.cache.codecs import make_codec
 from hfkd.cache.contract import text_contract, text_keys
 from hfkd.cache.format import CacheError, Manifest, compare, view_keys
 from hfkd.cache.reader import CacheReader, find_faults
@@ -117,6 +118,11 @@ class CachedTeacher(Teacher):
         """The number of ids that the cached teacher scored."""
         return self.manifest.contract["vocab_size"]
 
+    @property
+    def drawn(self) -> bool:
+        """Whether its codec keeps drawn ids only."""
+        return make_codec(**self.manifest.contract["codec"]).drawn
+
     def signal(self, batch: Batch, needs: frozenset[str]) -> TeacherSignal:
         """Read the rows of the texts of a batch.
 
@@ -125,7 +131,8 @@ class CachedTeacher(Teacher):
         """
         view = batch.teacher_view
         keys, tokens = view_keys(view)
-        keys, tokens = [key for key, count in zip(keys, tokens, strict=True) if count], [count for count in tokens if count]
+        keys = [key for key, count in zip(keys, tokens, strict=True) if count]  # the others have no rows to look up
+        tokens = [count for count in tokens if count]
         with torch.no_grad():
             return TeacherSignal(self._opened().rows(keys, tokens, view.input_ids.device))
 

@@ -20,7 +20,7 @@ from hfkd.rows import Head
 from hfkd.teachers.base import evaluating
 from hfkd.teachers.local import ModelTeacher
 
-_COUNT = "changes"
+_COUNT = "changes."
 _SHADOW = "shadow."
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -35,6 +35,8 @@ class ShadowTeacher(ModelTeacher):
     Args:
         reuse_prefix: See `ModelTeacher`. The prefix is run anew when the shadow has changed.
     """
+
+    begins_as_student = True
 
     averages: ClassVar[bool] = False
     """Whether it adds small changes up: then a shadow of half-precision parameters is float32, where they aren't lost
@@ -92,29 +94,35 @@ class ShadowTeacher(ModelTeacher):
         """The shadow, and how often it has changed; empty before `prepare`."""
         if not self._shadow:
             return {}
-        return {_COUNT: torch.tensor(self.changes), **{_SHADOW + name: one for name, one in self._shadow.items()}}
+        return {self._count: torch.tensor(self.changes), **{_SHADOW + name: one for name, one in self._shadow.items()}}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take back a shadow of the same student.
+        """Take back a shadow of the same student and the same kind.
 
         Raises:
-            ValueError: It is that of other parameters: names or shapes differ.
+            ValueError: It is that of another class, or of other parameters: names or shapes differ.
         """
         wanted = {name: tuple(one.shape) for name, one in self.state_dict().items()}
         given = {name: tuple(one.shape) for name, one in state.items()}
         wrong = sorted(name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name))
         if wrong:
             first = wrong[0]
+            found = given.get(first, "none (it is missing)")
             raise ValueError(
-                f"The saved state of {type(self).__name__} belongs to another student: {len(wrong)} entries differ, "
-                f"first {first!r}, which has shape {given.get(first, 'none (it is missing)')} in the checkpoint; "
-                f"expected {wanted.get(first, 'no such entry')}. Resume with the model, the adapter and the teacher "
+                f"The saved state of {type(self).__name__} belongs to another student or another kind of teacher: "
+                f"{len(wrong)} entries differ, first {first!r}, which has shape {found} in the checkpoint; expected "
+                f"{wanted.get(first, 'no such entry')}. Resume with the model, the adapter and the teacher "
                 "that the checkpoint was made with."
             )
-        self.changes = int(state[_COUNT])
+        self.changes = int(state[self._count])
         for name, shadow in self._shadow.items():
             shadow.copy_(state[_SHADOW + name])
         self._forget_prefix()
+
+    @property
+    def _count(self) -> str:
+        """The name of the counter in a checkpoint; that of a class, so that one kind isn't continued as another."""
+        return _COUNT + type(self).__name__
 
     def _follow(self, decay: float) -> None:
         """shadow = decay * shadow + (1 - decay) * student."""
@@ -178,9 +186,9 @@ class EmaTeacher(ShadowTeacher):
 
     def __init__(self, decay: float = 0.999, interval: int = 1, reuse_prefix: bool = True) -> None:
         super().__init__(reuse_prefix)
-        if isinstance(decay, bool) or not 0 <= decay < 1:
+        if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay < 1:
             raise ValueError(
-                f"The teacher's decay is {decay}; expected a number from 0 up to below 1, such as 0.999. For a "
+                f"The teacher's decay is {decay!r}; expected a number from 0 up to below 1, such as 0.999. For a "
                 "teacher that never moves take SelfTeacher('frozen_copy')."
             )
         self.decay = float(decay)
@@ -218,7 +226,7 @@ class SnapshotTeacher(ShadowTeacher):
         super().__init__(reuse_prefix)
         self.every = every
         if every != "epoch":
-            self.every = _whole(every, "The teacher's snapshots are taken every", "`epoch` or a number of steps")
+            self.every = _whole(every, "The teacher's every", "`epoch` or a number of optimizer steps")
 
     def after_step(self, step: int) -> None:
         """Take a snapshot if it is time."""

@@ -31,6 +31,8 @@ class SelfTeacher(ModelTeacher):
         reuse_prefix: See `ModelTeacher`. With `live` the prefix is run anew after every optimizer step.
     """
 
+    begins_as_student = True
+
     def __init__(
         self, weights: Literal["adapter_off", "live", "frozen_copy"] = "adapter_off", reuse_prefix: bool = True
     ) -> None:

@@ -33,13 +33,18 @@ class SeveralTeachers(Teacher):
     Raises:
         ValueError: No member, a name that is empty or has a dot, a member that is several teachers itself, reads
             another vocabulary or provides no distributions.
-        TypeError: A member is no `Teacher`.
+        TypeError: The members aren't given by name, or one is no `Teacher`.
     """
 
     kind = "several"
     """Stands in the run record."""
 
     def __init__(self, teachers: Mapping[str, Teacher]) -> None:
+        if not isinstance(teachers, Mapping):
+            raise TypeError(
+                f"{type(self).__name__} got teachers as a {type(teachers).__name__}; expected a mapping of names to "
+                "teachers, such as {'large': teacher, 'small': other}."
+            )
         self.teachers = dict(teachers)
         if not self.teachers:
             raise ValueError(f"{type(self).__name__} got no teachers; expected a mapping of names to teachers.")
@@ -50,6 +55,17 @@ class SeveralTeachers(Teacher):
     def needs_second_view(self) -> bool:
         """Whether none of the members can teach anything without another prompt."""
         return all(teacher.needs_second_view for teacher in self.teachers.values())
+
+    @property
+    def begins_as_student(self) -> bool:
+        """Whether all members begin with the student's weights."""
+        return all(teacher.begins_as_student for teacher in self.teachers.values())
+
+    @property
+    def writes(self) -> bool:
+        """Whether there is one member alone and it can write: several can't write one answer."""
+        members = list(self._each())
+        return len(members) == 1 and members[0].writes
 
     @property
     def needs_adapter(self) -> bool:
@@ -82,8 +98,9 @@ class SeveralTeachers(Teacher):
         Raises:
             TypeError: There are several, and no model writes as all of them would.
         """
-        if len(self.teachers) == 1:
-            return next(self._each()).weights()
+        members = list(self._each())
+        if len(members) == 1:
+            return members[0].weights()
         raise TypeError(
             f"{type(self).__name__} has the members {list(self.teachers)}, and several teachers can't write one "
             "answer. Use `answer: dataset` or `answer: student`."
@@ -267,7 +284,7 @@ class RoutedTeacher(SeveralTeachers):
             own = owner == number
             member = torch.where(own, len(members), member)
             place = torch.where(own, own.cumsum(dim=0) - 1, place)
-            members.append(rows.first(self._shared_size()))
+            members.append(rows.first(self._shared_size(rows)))
         return TeacherSignal(RoutedRows(tuple(members), member, place))
 
     def describe(self) -> dict[str, Any]:
@@ -295,12 +312,14 @@ class RoutedTeacher(SeveralTeachers):
         labels = batch.teacher_view.labels
         return batch.route.to(labels.device)[RowLayout.of(labels).sequence]
 
-    def _shared_size(self) -> int:
+    def _shared_size(self, rows: DenseRows) -> int:
         """The ids that all members score, whoever has rows in a batch: a row's loss must not depend on its
-        neighbours.
+        neighbours. Of a member without a model, and without `vocab_size`, that is known of its own rows alone.
         """
         if self._vocab_size is None:
-            self._vocab_size = min(_vocab_size(teacher) for teacher in self._each())
+            known = [size for teacher in self._each() if (size := _vocab_size(teacher)) is not None]
+            self._vocab_size = min(known, default=rows.vocab_size)
+        self._vocab_size = min(self._vocab_size, rows.vocab_size)
         return self._vocab_size
 
 
@@ -329,10 +348,12 @@ def _check_member(name: str, teacher: Any) -> None:
         )
 
 
-def _vocab_size(teacher: Teacher) -> int:
-    """The number of ids that a teacher scores, without running it."""
+def _vocab_size(teacher: Teacher) -> int | None:
+    """The number of ids that a teacher scores, without running it; None where it has no model to read it off."""
     if (known := getattr(teacher, "vocab_size", None)) is not None:
         return int(known)
+    if type(teacher).weights is Teacher.weights:
+        return None
     with teacher.weights() as model:
         return Head.of(model).vocab_size
 
