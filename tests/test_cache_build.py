@@ -536,6 +536,28 @@ def test_what_is_read_is_what_was_checked(tmp_path: Path, copies: Path) -> None:
     assert torch.equal(states(), before)
 
 
+def test_an_unchecked_copy_is_not_taken_for_a_checked_one(tmp_path: Path, copies: Path) -> None:
+    """A run without hashes unpacked damaged shards, and a later one that hashes everything read its copy."""
+    folder = tmp_path / "cache"
+    manifest = build(folder, Hidden())
+    build(tmp_path / "other", Hidden(), model=make_model(seed=2))
+    whole, text = content(folder), next(iter(texts_of(make_dataset())))
+    key, tokens = row_key(text["input_ids"], text["labels"]), sum(label != -100 for label in text["labels"][1:])
+
+    def states(verify: bool) -> torch.Tensor:
+        return CacheReader(folder, manifest, verify=verify).rows([key], [tokens], torch.device("cpu")).hidden.clone()
+
+    for shard in manifest.shards:
+        shutil.copy(tmp_path / "other" / shard["name"], folder)
+    wrong = states(verify=False)
+    with pytest.raises(CacheError, match="part-00000.parquet .* other bytes than the manifest says"):
+        states(verify=True)
+    for name, before in whole.items():
+        (folder / name).write_bytes(before)
+    assert torch.equal(states(verify=False), wrong), "who asks for no hashes is served from the copy"
+    assert not torch.equal(states(verify=True), wrong)
+
+
 def test_a_copy_that_finds_no_room_leaves_nothing(
     tmp_path: Path, copies: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -419,6 +419,14 @@ def test_more_steps_leave_a_finished_cache_as_it_is(folder: Path) -> None:
     assert manifest.build["rows"] == 8
 
 
+def test_overwrite_leaves_a_runs_answers(folder: Path) -> None:
+    """In the folder of a run `--overwrite` took the answers along that an hour of the run had written."""
+    make("out")
+    Path("out/teacher_answers.jsonl").write_text("the run's")
+    make("out", codec=TopK(17), overwrite=True)
+    assert Path("out/teacher_answers.jsonl").read_text() == "the run's"
+
+
 def test_a_cache_with_answers_may_be_moved(folder: Path) -> None:
     """The answers were tied to the path of the teacher's folder, so no other machine could read them."""
     make("cache", *ANSWERS)
@@ -499,15 +507,19 @@ def test_how_a_teacher_is_loaded_is_part_of_it(folder: Path) -> None:
     assert answers_fingerprint(recipe)["load_kwargs"] == {"attn_implementation": "eager"}
 
 
-def test_a_part_of_a_folder_is_known_by_its_own_weights(tmp_path: Path) -> None:
+def test_a_part_of_a_folder_is_known_by_its_own_weights(folder: Path) -> None:
     """With `subfolder` the weights that were hashed weren't those that are loaded; files beside them don't count."""
     for name, seed in (("a", 1), ("b", 2)):
-        make_model(seed=seed).save_pretrained(tmp_path / "all" / name)
-    names = {name_of(str(tmp_path / "all"), part) for part in ("a", "b")}
+        make_model(seed=seed).save_pretrained(folder / "all" / name)
+    names = {name_of("all", part) for part in ("a", "b")}
     assert len(names) == 2 and all(name.startswith("all@") for name in names)
+    parts = [f"teacher.load_kwargs={{subfolder: {part}}}" for part in ("a", "b")]
+    recipes = [load_recipe("recipe.yaml", ["teacher.kind=local", "teacher.model=all", part]) for part in parts]
+    assert {teacher_contract(recipe)["model"] for recipe in recipes} == names
+    assert {answers_fingerprint(recipe)["model"] for recipe in recipes} == names
     for name in ("config.json", "generation_config.json", "training_args.bin", "optimizer.bin"):
-        (tmp_path / "all" / "a" / name).write_text('{"saved": "anew"}')
-    assert name_of(str(tmp_path / "all"), "a") in names
+        (folder / "all" / "a" / name).write_text('{"saved": "anew"}')
+    assert name_of("all", "a") in names
 
 
 def test_a_teacher_that_was_trained_on_is_another_one(folder: Path) -> None:

@@ -225,8 +225,8 @@ def test_an_unanswered_conversation_is_answered_behind_its_last_turn(marked: boo
     for lacking in ({"messages": [user("go")]}, {"messages": [user("go"), assistant("went"), user("sing")]}):
         with pytest.raises(ValueError, match="doesn't end with the assistant's turn, so there is no answer to learn"):
             completion_text(lacking)
-    with pytest.raises(ValueError, match="doesn't end with the assistant's turn"):
-        encode(builder, {"messages": [user("go")]})
+        with pytest.raises(ValueError, match="doesn't end with the assistant's turn"):
+            encode(builder, lacking)
 
 
 # tokenizers that add tokens

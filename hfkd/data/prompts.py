@@ -178,6 +178,7 @@ class PromptBuilder:
     ) -> tuple[list[int], list[Piece]]:
         """The ids of what comes before the first answer, and the texts that follow."""
         if has_messages(row) and self.style.builder is None:
+            completion_messages(row)  # one without an answer is refused, whatever is marked of its earlier turns
             pieces = self._marked_pieces(row, demonstrations, privileged)
             if pieces is not None:
                 (before, _), *rest = pieces  # the assistant never speaks first

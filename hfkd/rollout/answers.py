@@ -65,7 +65,7 @@ def teacher_answers(
         raise ValueError(f"There are {len(rows)} rows and {len(prompts)} prompts; expected one prompt for each row.")
     if not prompts:
         return []
-    path, state = Path(path), PartialState()
+    path = Path(path)
     keys = [prompt_hash(prompt) for prompt in prompts]
     file = AnswerFile(path, _with_settings(fingerprint, rollout))
     file.read()  # on every process, so that a wrong fingerprint stops all of them
@@ -76,20 +76,9 @@ def teacher_answers(
             "write them. Build the cache with the number of steps, the batch size and the number of processes that "
             "the run has, or use `answer: dataset`."
         )
-    state.wait_for_everyone()
-    if state.is_main_process and missing:
-        with _room(file, missing):
-            file.repair()
-    state.wait_for_everyone()
-    if state.is_main_process:
-        if missing:
-            with _room(file, missing):
-                _generate(missing, rollout, model_context, file)
-    else:
-        _wait_for(file, missing)
-    state.wait_for_everyone()
+    _fill(file, missing, rollout, model_context)
     answers = [file.answers[key] for key in keys]
-    if state.is_main_process:
+    if PartialState().is_main_process:
         _report(answers)
     return [text for text, _ in answers]
 
@@ -204,6 +193,27 @@ def _with_settings(fingerprint: Mapping[str, Any], rollout: Rollout) -> dict[str
         return dict(fingerprint)
     names = ["max_new_tokens", "stop", "temperature"] + (["top_p", "seed"] if settings.temperature > 0 else [])
     return {**fingerprint, **{f"generation.{name}": getattr(settings, name) for name in names}}
+
+
+def _fill(
+    file: AnswerFile,
+    missing: Mapping[str, list[int]],
+    rollout: Rollout,
+    model_context: Callable[[], AbstractContextManager[nn.Module]] | None,
+) -> None:
+    """Let the first process answer what is missing, while the others wait for its file."""
+    state = PartialState()
+    state.wait_for_everyone()
+    if state.is_main_process and missing:
+        with _room(file, missing):
+            file.repair()
+    state.wait_for_everyone()
+    if not state.is_main_process:
+        _wait_for(file, missing)
+    elif missing:
+        with _room(file, missing):
+            _generate(missing, rollout, model_context, file)
+    state.wait_for_everyone()
 
 
 def _generate(

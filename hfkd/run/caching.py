@@ -242,9 +242,19 @@ class _Build:
             compare(Manifest.read(self.out).contract, contract, self.out, _REMEDY)
         return self._is_complete()
 
+    def _has_answers(self) -> bool:
+        """Whether the cache that is there is one of a teacher's answers, which has no `data` in its contract."""
+        try:
+            return "data" not in Manifest.read(self.out).contract
+        except CacheError:
+            return False
+
     def _clear(self) -> None:
+        """Delete the cache, and the answers that were written for it: a run's own may lie in the same folder."""
+
         def delete() -> None:
-            if clear_cache(self.out):
+            answered = self._has_answers()
+            if clear_cache(self.out) and answered:
                 (self.out / ANSWERS_NAME).unlink(missing_ok=True)
 
         self._on_first(delete)

@@ -72,6 +72,11 @@ class SeveralTeachers(Teacher):
         """Whether a member can't do without the student's adapter."""
         return any(teacher.needs_adapter for teacher in self.teachers.values())
 
+    @property
+    def drawn(self) -> bool:
+        """Whether a member is known through drawn ids only."""
+        return any(teacher.drawn for teacher in self.teachers.values())
+
     def prepare(self, accelerator: Accelerator, student: nn.Module) -> None:
         """Prepare each member."""
         for teacher in self._each():
