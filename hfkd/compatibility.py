@@ -50,8 +50,14 @@ def check_parts(objective: Objective, teacher: Teacher | None, mixture: Mixture,
     _check_answers(objective, mixture, teacher)
 
 
-def check_second_view(objective: Objective, teacher: Teacher | None, dataset: Any) -> None:
+def check_second_view(objective: Objective, teacher: Teacher | None, dataset: Any, mixture: Mixture) -> None:
     """Refuse a teacher with the student's weights and the student's prompt.
+
+    Args:
+        objective: Its terms may learn the text, and so move the student away from such a teacher.
+        teacher: Says whether it begins as the student.
+        dataset: Says whether the prompts differ.
+        mixture: Who writes; on the student's own text those terms are left out.
 
     Raises:
         ValueError: There would be nothing to learn.
@@ -63,7 +69,8 @@ def check_second_view(objective: Objective, teacher: Teacher | None, dataset: An
             "The self-teacher reads the same prompt as the student with the same weights: there would be nothing to "
             "learn. Give it demonstrations (`demonstrations=`), or rows with a `privileged_context`."
         )
-    if teacher.begins_as_student and not any(term.loss.learns_text for term in objective.terms):
+    moves = any(term.loss.learns_text for term in objective.terms) and set(mixture.shares) != {"student"}
+    if teacher.begins_as_student and not moves:
         raise ValueError(
             "The teacher begins as the student and reads the same prompt, and no term learns the text: both would "
             "stay where they are. Give it demonstrations (`demonstrations=`) or a `privileged_context`, or add "

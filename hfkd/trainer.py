@@ -132,7 +132,7 @@ class DistillationTrainer(Trainer):
         written = mixture.writes and not mixture.shares.get("dataset")
         train_dataset = self._views(train_dataset, processing_class, placeholder=written)
         eval_dataset = self._views(eval_dataset, processing_class, name="evaluation")
-        check_second_view(self.objective, self.teacher, train_dataset)
+        check_second_view(self.objective, self.teacher, train_dataset, mixture)
         super().__init__(
             model=make_student(model, peft_config, args),
             args=args,

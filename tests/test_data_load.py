@@ -261,3 +261,14 @@ def test_missing_reasoning_gym_names_the_command(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ValueError, match="pip install reasoning-gym"):
         load_rows(Source(path="reasoning_gym:letter_counting"))
+
+
+def test_a_conversation_that_waits_for_its_answer_is_a_row_where_answers_are_written(tmp_path):
+    """On-policy rows are prompts: a file of conversations that end with the user's turn couldn't be used."""
+    path = tmp_path / "chats.jsonl"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    path.write_text(json.dumps({"messages": turns}) + "\n", encoding="utf-8")
+    (row,) = load_rows(Source(str(path)), require_completion=False)
+    assert [turn["content"] for turn in row["messages"]] == ["a", "b", "c"] and row.get("answer") is None
+    with pytest.raises(ValueError, match="expected 'assistant'"):
+        load_rows(Source(str(path)))

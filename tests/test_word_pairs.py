@@ -256,7 +256,8 @@ def test_the_coin_demonstrations_end_where_their_flips_lead() -> None:
 
 def test_files_that_recipes_name_are_there() -> None:
     """A path that is wrong by a letter would show only after the model was loaded."""
-    recipes = [path for folder in ("secokd", "local", "several", "on_policy", "self_teacher") for path in (RECIPES / folder).glob("*.yaml")]
+    folders = ("secokd", "local", "several", "on_policy", "self_teacher")
+    recipes = [path for folder in folders for path in (RECIPES / folder).glob("*.yaml")]
     assert len(recipes) >= 12
     for path in recipes:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))

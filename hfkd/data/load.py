@@ -15,7 +15,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from hfkd.data.messages import clean, completion_text, has_messages
+from hfkd.data.messages import clean, completion_text, has_messages, is_answered
 from hfkd.data.sources import DataError, near, read
 
 logger = logging.getLogger(__name__)
@@ -116,7 +116,8 @@ def _row(
         raise
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{source.path}, row {number}: {_words(error)}") from error
-    if row.get("answer") is None and (has_messages(row) or row.get("completion") is not None):
+    answered = is_answered(row) if has_messages(row) else row.get("completion") is not None
+    if row.get("answer") is None and answered:
         row["answer"] = completion_text(row)
     return row
 
@@ -152,7 +153,7 @@ def _check_columns(source: Source, found: Sequence[str], require_completion: boo
 
 def _check_row(row: Mapping[str, Any], require_completion: bool) -> None:
     if has_messages(row):
-        _check_messages(row["messages"])
+        _check_messages(row["messages"], require_completion)
     else:
         _check_filled(row, "prompt")
         if require_completion or row["completion"] is not None:
@@ -183,11 +184,11 @@ def _check_filled(row: Mapping[str, Any], name: str) -> None:
         raise ValueError(f"the column {name!r} holds {_short(value)}; expected a text or a list of chat messages")
 
 
-def _check_messages(messages: Any) -> None:
-    if not isinstance(messages, list) or len(messages) < 2:
+def _check_messages(messages: Any, require_completion: bool) -> None:
+    if not isinstance(messages, list) or len(messages) < (2 if require_completion else 1):
         raise ValueError(f"the column 'messages' holds {_short(messages)}; expected at least a question and an answer")
     last = clean(messages)[-1]
-    if last["role"] != "assistant":
+    if require_completion and last["role"] != "assistant":
         raise ValueError(
             f"the last of the messages is of the role {last['role']!r}; expected 'assistant', whose turn is learned"
         )

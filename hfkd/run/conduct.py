@@ -35,6 +35,7 @@ from hfkd.record import (
     rows_fingerprint,
     safe_command,
 )
+from hfkd.rollout.on_policy import Mixture
 from hfkd.run.build import Run, build, make_config
 from hfkd.run.evaluation import ask, movable, plain_results
 from hfkd.run.expected import expected_contract
@@ -186,7 +187,7 @@ class _Conductor:
         self.record.data["training_examples"] = counts
         if dataset.dropped or dataset.dropped_demonstrations:
             self.console.print(
-                f"Left out of training: {dataset.dropped} examples above their limit of tokens, "
+                f"Left out of training: {dataset.dropped} examples that don't fit their views, "
                 f"{dataset.dropped_demonstrations} that are demonstrations; {len(dataset)} are left."
             )
 
@@ -200,7 +201,8 @@ class _Conductor:
         """The training rows that can be examples; the choice is made among these."""
         rows, dataset = fitting(self.run)
         self._count(dataset)
-        check_second_view(self.run.objective, self.run.teacher, dataset)
+        mixture = Mixture.of(self.recipe.data.shares)
+        check_second_view(self.run.objective, self.run.teacher, dataset, mixture)
         if isinstance(self.run.teacher, CachedTeacher):
             self.run.teacher.expected = expected_contract(self.run, dataset)
             self.run.teacher.prepare(PartialState(), self.run.model)  # another cache is refused before time is spent
