@@ -201,7 +201,9 @@ class CacheWriter:
         for number in self.missing[share[0] :: share[1]]:
             table = self._table(self.plan.shards[number], speak, report)
             sink = pa.BufferOutputStream()
-            pq.write_table(table, sink, compression="zstd", use_dictionary=False, store_schema=True)
+            pq.write_table(
+                table, sink, compression="zstd", use_dictionary=False, write_statistics=False, store_schema=True
+            )
             try:
                 write_whole(self.folder / shard_name(number), sink.getvalue().to_pybytes())
                 write_whole(self._note(number), json.dumps(self._facts_of(number)).encode())
