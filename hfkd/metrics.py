@@ -101,9 +101,9 @@ class Meter:
             token, or whatever else was added. Sums are taken over all processes, which must all call this.
         """
         elapsed = max(time.perf_counter() - self._started, 1e-9)
-        if not self._sums:
+        sums = self._reduced()  # also where this process has counted nothing: the others wait for it
+        if not sums:
             return {}
-        sums = self._reduced()
         tokens = max(sums.pop("tokens", (0.0, 1.0))[0], 1.0)
         logs = {name: part / whole for name, (part, whole) in sums.items() if whole > 0}
         logs["speed/tokens_per_second"] = tokens / elapsed
@@ -114,6 +114,8 @@ class Meter:
 
     def _reduced(self) -> dict[str, tuple[float, float]]:
         names = _names_everywhere(self._sums)
+        if not names:
+            return {}
         pairs = [number for name in names for number in self._sums.get(name, (0.0, 0.0))]
         values = torch.stack(
             [torch.as_tensor(one, dtype=torch.float32, device=self.device).reshape(()) for one in pairs]

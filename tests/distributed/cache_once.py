@@ -31,6 +31,7 @@ def main(folder: Path, case: str) -> None:
         trainer = make_trainer(folder / "run", teacher=CachedTeacher(folder / "cache"), **settings)
     except CacheError as error:
         (folder / f"error-{PartialState().process_index}.txt").write_text(str(error))
+        PartialState().wait_for_everyone()  # one that leaves first takes the other's connection with it
         return
     before = trained_weights(trainer)
     trainer.train()
