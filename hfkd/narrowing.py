@@ -12,11 +12,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hfkd.student import decoder_blocks, kept_layers
+from hfkd.student import as_read, decoder_blocks, kept_layers
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
@@ -304,12 +303,7 @@ def _narrow_config(config: PreTrainedConfig, heads: int | None, intermediate: in
         text.num_attention_heads = heads
     if intermediate is not None:
         text.intermediate_size = intermediate
-    try:
-        read = type(config).from_dict(config.to_dict())
-    except (ValueError, TypeError, StrictDataclassError) as error:
-        raise ValueError(f"{type(config).__name__} can't describe a model of these sizes: {error}") from error
-    read._name_or_path = config._name_or_path
-    return read
+    return as_read(config, "sizes")
 
 
 def _cuts(

@@ -62,6 +62,11 @@ def input_device(model: nn.Module) -> torch.device:
     return torch.device(embeddings._hf_hook.execution_device)
 
 
+def position_count(model: nn.Module) -> int | None:
+    """How many positions a model was made for; None where its configuration doesn't say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
 def decode(
     model: nn.Module,
     input_ids: Tensor,

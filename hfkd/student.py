@@ -59,11 +59,6 @@ def pad_token(tokenizer: PreTrainedTokenizerBase | None) -> int:
     return next((token for token in ids if token is not None), 0)
 
 
-def position_count(model: nn.Module) -> int | None:
-    """How many positions a model was made for; None where its configuration doesn't say."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-
 def check_head(model: nn.Module, view: View, tokens: int = 16) -> None:
     """Hold the logits rebuilt from the head against the model's own, on the first tokens of the first row.
 
@@ -175,10 +170,23 @@ def _cut_config(config: PreTrainedConfig, numbers: Sequence[int], count: int) ->
             setattr(text, name, [value[number] for number in numbers])
     text.num_hidden_layers = len(numbers)
     config.kept_layers = {"numbers": list(numbers), "of": count}
+    return as_read(config, "blocks")
+
+
+def as_read(config: PreTrainedConfig, what: str) -> PreTrainedConfig:
+    """A configuration that was changed, as it will be when it is read from a file.
+
+    Args:
+        config: With its changes.
+        what: Was changed, for the message.
+
+    Raises:
+        ValueError: It can't be read back.
+    """
     try:
         read = type(config).from_dict(config.to_dict())
     except (ValueError, TypeError, StrictDataclassError) as error:
-        raise ValueError(f"{type(config).__name__} can't describe a model of these blocks: {error}") from error
+        raise ValueError(f"{type(config).__name__} can't describe a model of these {what}: {error}") from error
     read._name_or_path = config._name_or_path
     return read
 

@@ -14,7 +14,8 @@ from hfkd.rollout.base import GenerationSettings, Rollout
 from hfkd.rollout.buffer import OffPolicyBuffer
 from hfkd.rollout.hf import HFRollout
 from hfkd.rollout.on_policy import Mixture, ModelContext, Writer
-from hfkd.student import pad_token, position_count
+from hfkd.rows import position_count
+from hfkd.student import pad_token
 from hfkd.teachers import Teacher
 
 

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import training
 from conftest import make_model, make_tokenizer
 from test_writer import always, ending_in
-from training import DEMONSTRATIONS, ROWS, lora, trained_weights, worst_difference
+from training import ROWS, lora, trained_weights, worst_difference
 
-from hfkd import DistillationConfig, DistillationTrainer, PromptStyle, SelfTeacher
+from hfkd import DistillationTrainer, SelfTeacher
 from hfkd.errors import NothingToLearn
 from hfkd.recipe import load_recipe
 from hfkd.rollout import Completion, GenerationSettings, HFRollout, OffPolicyBuffer
@@ -28,39 +29,12 @@ WRITTEN = {
         "seed": 17,
     },
 }
-PARTS = ("objective", "demonstrations", "answer", "rollout", "buffer", "token_weights")
 
 
-def make_trainer(folder: Any, *, rows: list[dict] = ROWS[:16], teacher: Any = None, **overrides: Any):
-    """As in training.py: sixteen words, SGD, two steps of eight; a self-teacher that reads four demonstrations."""
-    parts = {name: overrides.pop(name) for name in PARTS if name in overrides}
-    settings = {
-        "max_steps": 2,
-        "per_device_train_batch_size": 8,
-        "learning_rate": 0.5,
-        "optim": "sgd",
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "seed": 3,
-        "dataloader_pin_memory": False,
-    }
-    torch.manual_seed(5)  # the adapter's random weights
-    return DistillationTrainer(
-        make_model(seed=0),
-        teacher or SelfTeacher("adapter_off"),
-        parts.pop("objective", "reverse_kl"),
-        DistillationConfig(output_dir=str(folder), **{**settings, **overrides}),
-        train_dataset=rows,
-        processing_class=make_tokenizer(),
-        prompts=PromptStyle(),
-        demonstrations=parts.pop("demonstrations", DEMONSTRATIONS),
-        peft_config=lora(),
-        **parts,
-    )
+def make_trainer(folder: Any, *, teacher: Any = None, **overrides: Any):
+    """As in training.py, with an adapter and reverse KL; a self-teacher that reads four demonstrations."""
+    settings = {"objective": "reverse_kl", "peft_config": lora(), **overrides}
+    return training.make_trainer(folder, teacher=teacher or SelfTeacher("adapter_off"), **settings)
 
 
 def trained(trainer: DistillationTrainer) -> dict[str, torch.Tensor]:

@@ -30,6 +30,7 @@ from hfkd.errors import HeadError, UnsupportedCache
 from hfkd.prefix import SharedPrefix, common_prefix
 from hfkd.rollout.base import Completion, GenerationSettings, Rollout
 from hfkd.rollout.decoding import RowEnds, SeededSampling, TextEnds, draws_for, eos_ids
+from hfkd.rows import position_count
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ class HFRollout(Rollout):
                 f"Prompt {lengths.index(0)} holds no token, and a model can't write behind nothing. Give it some "
                 "text, or a BOS token."
             )
-        limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+        limit = position_count(base)
         if limit is not None and max(lengths) + self.settings.max_new_tokens > limit:
             raise ValueError(
                 f"Prompt {lengths.index(max(lengths))} has {max(lengths)} tokens and may be answered with "
