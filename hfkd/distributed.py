@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 
 def run_inside(wrapped: nn.Module, module: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
@@ -27,7 +28,7 @@ def run_inside(wrapped: nn.Module, module: nn.Module, function: Callable[..., An
     Returns:
         What `function` returned.
     """
-    if wrapped is module:
+    if wrapped is module and not isinstance(module, FSDPModule):
         return function(*args)
     original = module.__dict__.get("forward")
 

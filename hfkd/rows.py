@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import Cache, PreTrainedModel
 
 from hfkd.batch import predicted
@@ -143,7 +144,7 @@ class Head:
         """
         base = base_model_of(model)
         layer = _active(base.get_output_embeddings())
-        if type(layer) is not nn.Linear:
+        if _kind(layer) is not nn.Linear:
             raise HeadError(_not_linear(base, layer))
         if not layer.weight.is_floating_point():
             raise HeadError(
@@ -222,6 +223,11 @@ def _active(layer: nn.Module | None) -> nn.Module | None:
     if layer.disable_adapters or not layer.active_adapters:
         return layer.original_module
     return layer.modules_to_save[layer.active_adapters[0]]
+
+
+def _kind(layer: nn.Module | None) -> type:
+    """The class of a layer; `fully_shard` puts one of its own before it."""
+    return type(layer).__bases__[1] if isinstance(layer, FSDPModule) else type(layer)
 
 
 def _not_linear(base: nn.Module, layer: nn.Module | None) -> str:
