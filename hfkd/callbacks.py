@@ -5,12 +5,16 @@ Nothing here computes; it passes on what Trainer says.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from transformers import Trainer, TrainerCallback
 
 from hfkd.data.views import DistillationDataset
 from hfkd.distributed import average_gradients
+from hfkd.sharding import Placement
+
+logger = logging.getLogger(__name__)
 
 
 class Steps(TrainerCallback):
@@ -30,6 +34,23 @@ class Steps(TrainerCallback):
         own_text = writer is not None and bool(writer.mixture.shares.get("student"))
         self.trainer.objective.check_schedules(state.max_steps, own_text)
         self.trainer.objective.set_step(state.global_step, state.max_steps)
+        if args.world_size > 1:
+            self._log_placements()
+
+    def _log_placements(self) -> None:
+        """What this process really holds of both models, now that the student is wrapped."""
+        models = {"student": self.trainer.model, "teacher": getattr(self.trainer.teacher, "own_model", None)}
+        figures: dict[str, float] = {}
+        for name, model in models.items():
+            if model is not None:
+                placement = Placement.of(model)
+                logger.info("The %s on this process: %s", name, placement)
+                figures |= {
+                    f"placement/{name}_shards": placement.shards,
+                    f"placement/{name}_megabytes": placement.bytes_here / 1e6,
+                    f"placement/{name}_megabytes_whole": placement.bytes_whole / 1e6,
+                }
+        self.trainer.log(figures)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Let the student's demonstrations be drawn anew."""

@@ -1,12 +1,16 @@
 """Things of the user's own that a recipe names: `package.module:Name`.
 
-Nothing is imported unless it is asked for by name.
+Nothing is imported unless it is asked for by name, and nowhere else in the package is a name from a recipe imported.
+Which keys of a recipe may hold such names, and how they are told to the user first, is `hfkd.recipe.own_code`.
 """
 
 from __future__ import annotations
 
 import importlib
+import re
 from typing import Any
+
+_NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 
 def import_named(name: str, key: str) -> Any:
@@ -17,8 +21,10 @@ def import_named(name: str, key: str) -> Any:
         key: Who asks, for messages.
 
     Raises:
-        ValueError: The module can't be imported, or has no such name.
+        ValueError: It has no such form, the module can't be imported, or has no such name.
     """
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"{key}: got {name!r}; expected package.module:Name")
     module_name, _, attribute = name.partition(":")
     try:
         module = importlib.import_module(module_name)
@@ -32,4 +38,34 @@ def import_named(name: str, key: str) -> Any:
         if not hasattr(found, part):
             raise ValueError(f"{key}: {module_name} has no {attribute}; expected package.module:Name")
         found = getattr(found, part)
+    return found
+
+
+def import_function(name: str, key: str) -> Any:
+    """The function, or anything that can be called, that `package.module:Name` names.
+
+    Raises:
+        ValueError: It can't be imported or can't be called.
+    """
+    found = import_named(name, key)
+    if not callable(found):
+        raise ValueError(f"{key}: {name} is {found!r}; expected a function")
+    return found
+
+
+def import_class(name: str, key: str, *bases: type) -> Any:
+    """The class that `package.module:Name` names.
+
+    Args:
+        name: The two parts.
+        key: Who asks, for messages.
+        bases: It must be a subclass of one of them.
+
+    Raises:
+        ValueError: It can't be imported or is no such class.
+    """
+    found = import_named(name, key)
+    if not (isinstance(found, type) and issubclass(found, bases)):
+        wanted = " or ".join(f"{base.__module__.rpartition('.')[0]}.{base.__name__}" for base in bases)
+        raise ValueError(f"{key}: {name} is {found!r}; expected a subclass of {wanted}")
     return found

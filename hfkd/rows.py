@@ -188,6 +188,10 @@ class Head:
         """The same head outside the graph."""
         return replace(self, weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
 
+    def copy(self) -> Head:
+        """The same head in memory of its own, for when the model's is about to be freed."""
+        return replace(self, weight=self.weight.clone(), bias=None if self.bias is None else self.bias.clone())
+
     def check(self, hidden: Tensor, logits: Tensor) -> None:
         """Refuse a head that doesn't reproduce the model's own logits.
 

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from hfkd.losses import LOSSES, STATE_LOSSES, StateLoss, TokenLoss
-from hfkd.named import import_named
+from hfkd.named import import_class
 from hfkd.schedules import Schedule, all_values, constant_or_schedule, described
 
 
@@ -70,13 +70,7 @@ def loss_class(kind: str) -> type[TokenLoss] | type[StateLoss]:
         raise ValueError(
             f"There is no loss {kind!r}. {hint}Known: {', '.join(known)}; your own is named as package.module:Class."
         )
-    found = import_named(kind, "kind")
-    if not (isinstance(found, type) and issubclass(found, (TokenLoss, StateLoss))):
-        raise ValueError(
-            f"{kind} is {found!r}; expected a subclass of hfkd.losses.TokenLoss (most derive from Divergence) or of "
-            "hfkd.losses.StateLoss."
-        )
-    return found
+    return import_class(kind, "kind", TokenLoss, StateLoss)
 
 
 def as_terms(terms: str | Sequence[Term | Mapping[str, Any]]) -> list[Term]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,14 +19,12 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
 )
 from transformers.trainer_utils import EvalLoopOutput
 
 from hfkd.batch import Batch, predicted
 from hfkd.callbacks import Steps
-from hfkd.checkpoint import load_companions, save_companions
 from hfkd.compatibility import check_devices, check_parts, check_second_view
 from hfkd.config import DistillationConfig
 from hfkd.data.collate import DistillationCollator
@@ -36,6 +35,7 @@ from hfkd.distributed import run_inside, same_everywhere, total_over_processes
 from hfkd.errors import NonFiniteLoss, NothingToLearn
 from hfkd.examples import as_views
 from hfkd.gradients import check_gradients_can_be_told_apart, norms_by_term
+from hfkd.long_runs import LongRunTrainer
 from hfkd.metrics import Meter, per_token
 from hfkd.objective import LossSum, Objective, build_objective
 from hfkd.rollout.base import Rollout
@@ -49,7 +49,7 @@ from hfkd.teachers import Teacher, as_teacher, evaluating
 from hfkd.writing import make_writer
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(LongRunTrainer):
     """Train a student to say what a teacher says.
 
     Args:
@@ -282,9 +282,10 @@ class DistillationTrainer(Trainer):
         """
         module = self.accelerator.unwrap_model(model)
         with self.accelerator.autocast():
-            return run_inside(model, module, self._inside, module, batch)
+            total, result = run_inside(model, module, self._inside, module, batch)
+        return replace(result, total=total)
 
-    def _inside(self, module: nn.Module, batch: Batch) -> LossSum:
+    def _inside(self, module: nn.Module, batch: Batch) -> tuple[Tensor, LossSum]:
         if not self._heads_checked:
             self._heads_checked = True
             self._check_heads(module, batch)
@@ -301,7 +302,8 @@ class DistillationTrainer(Trainer):
         if self.args.log_gradient_norms and self.model.training and self._will_log():
             self.meter.gradients = norms_by_term(self.objective, module, rows, states, batch.own_text)
         measure = self.args.log_agreement and signal is not None and self._will_log()
-        return self.objective(*rows, measure_agreement=measure, states=states, own_text=batch.own_text)
+        result = self.objective(*rows, measure_agreement=measure, states=states, own_text=batch.own_text)
+        return result.total, result  # the total by itself, for the hooks that wrappers hang on what comes out
 
     def _will_log(self) -> bool:
         every = max(1, int(getattr(self.state, "logging_steps", 0) or 1))
@@ -377,12 +379,3 @@ class DistillationTrainer(Trainer):
         if fresh:
             optimizer.add_param_group({"params": fresh, "weight_decay": 0.0})
         return optimizer
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Beside the optimizer, in checkpoints only: what the losses learned is no part of the student."""
-        super()._save_optimizer_and_scheduler(output_dir)
-        save_companions(output_dir, self.objective, self.teacher, self.writer, first=self.args.should_save)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        load_companions(resume_from_checkpoint, self.objective, self.teacher, self.writer)

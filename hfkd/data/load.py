@@ -6,7 +6,6 @@ of the rows among parts, or what is learned from them. Code of a data set is nev
 
 from __future__ import annotations
 
-import importlib
 import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +16,7 @@ from datasets import Dataset
 
 from hfkd.data.messages import clean, completion_text, has_messages, is_answered
 from hfkd.data.sources import DataError, near, read
+from hfkd.named import import_function
 
 logger = logging.getLogger(__name__)
 
@@ -196,13 +196,10 @@ def _check_messages(messages: Any, require_completion: bool) -> None:
 
 def _format(name: str) -> Callable[[dict], Mapping]:
     if ":" in name:
-        module, _, attribute = name.partition(":")
         try:
-            return getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise DataError(
-                f"the format {name!r} can't be imported ({error}); expected package.module:function, on PYTHONPATH"
-            ) from error
+            return import_function(name, "the format")
+        except ValueError as error:
+            raise DataError(str(error)) from error
     from hfkd.data.formats import FORMATS
 
     if name not in FORMATS:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hfkd.losses.base import Divergence, Temperature
 from hfkd.losses.slope import with_slope
-from hfkd.named import import_named
+from hfkd.named import import_function
 from hfkd.rows import RowLayout
 from hfkd.support import TokenChunk
 
@@ -67,7 +67,7 @@ class SpanCorrelation(Divergence):
         if not 0 < scale < math.inf:
             raise ValueError(f"{self.key}: scale is {scale}; expected a number above 0 (1 leaves the value as it is).")
         self.scale = float(scale)
-        self.spans = import_named(spans, f"{self.key}: spans") if isinstance(spans, str) else spans
+        self.spans = import_function(spans, f"{self.key}: spans") if isinstance(spans, str) else spans
         whole = isinstance(self.spans, int) and not isinstance(self.spans, bool) and self.spans >= 2
         if not whole and not callable(self.spans):
             raise ValueError(

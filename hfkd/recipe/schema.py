@@ -175,6 +175,7 @@ class TeacherSection(Section):
     trust_remote_code: StrictBool = False
     load_kwargs: Options = {}
     reuse_prefix: StrictBool = True
+    offload: StrictBool = False
     decay: Annotated[Number, Field(ge=0, lt=1)] = 0.999
     interval: Positive = 1
     every: Annotated[Any, BeforeValidator(_moment)] = "epoch"

@@ -12,7 +12,7 @@ from hfkd.recipe.schema import DataSection, MemberSection, Recipe, SourceSection
 from hfkd.recipe.source import near, shown
 
 OWN_CLASS = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
-_MODEL = ("model", "revision", "dtype", "trust_remote_code", "load_kwargs")
+_MODEL = ("model", "revision", "dtype", "trust_remote_code", "load_kwargs", "offload")
 # The keys that each kind reads, besides kind and reuse_prefix.
 _KEYS: dict[str, tuple[str, ...]] = {
     "self": ("weights", "cache"),

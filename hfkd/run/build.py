@@ -15,7 +15,8 @@ from hfkd.config import DistillationConfig
 from hfkd.data.load import Source
 from hfkd.data.prompts import PromptBuilder, PromptStyle
 from hfkd.data.route import route_of
-from hfkd.loading import readable
+from hfkd.loading import load_adapter
+from hfkd.named import import_function
 from hfkd.objective import Objective, build_objective
 from hfkd.recipe.checks import is_own_class, needs_faults, objective_options, term_specs
 from hfkd.recipe.schema import Recipe
@@ -25,7 +26,6 @@ from hfkd.rollout.base import GenerationSettings
 from hfkd.rollout.on_policy import Mixture
 from hfkd.rollout.vllm import engine_class
 from hfkd.run.models import (
-    import_named,
     load_student,
     load_tokenizer,
     make_teacher,
@@ -33,6 +33,7 @@ from hfkd.run.models import (
     prepare_teacher,
 )
 from hfkd.run.rows import Rows, Task, load_data
+from hfkd.sharding import Launch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -106,7 +107,7 @@ def build(recipe: Recipe, *, dry: bool = False) -> Run:
     _check_routes(recipe, run)
     check_parts(run.objective, run.teacher, Mixture.of(recipe.data.shares), recipe.student.lora is not None)
     run.model = load_student(recipe, seed=run.config.seed)
-    prepare_teacher(recipe, run.teacher, run.model, run.tokenizer)
+    prepare_teacher(recipe, run.teacher, run.model, run.tokenizer, Launch.of(run.config))
     return run
 
 
@@ -159,9 +160,7 @@ def build_for_evaluation(recipe: Recipe, adapter: Path | None = None) -> Run:
     student = recipe.student.model_copy(update={"lora": None})
     run.model = load_student(recipe.model_copy(update={"student": student}), seed=run.config.seed)
     if adapter is not None:
-        from peft import PeftModel
-
-        run.model = readable(lambda: PeftModel.from_pretrained(run.model, str(adapter)), f"the adapter in {adapter}")
+        run.model = load_adapter(run.model, adapter)
     return run
 
 
@@ -190,10 +189,7 @@ def make_style(recipe: Recipe) -> PromptStyle:
     settings = recipe.data.prompt.model_dump()
     builder = settings.pop("builder")
     if builder is not None:
-        function = import_named(builder, "data.prompt.builder")
-        if not callable(function):
-            raise ValueError(f"data.prompt.builder: {builder} is {function!r}; expected a function")
-        settings["builder"] = function
+        settings["builder"] = import_function(builder, "data.prompt.builder")
     return PromptStyle(**{**settings, "stop": tuple(settings["stop"])})
 
 

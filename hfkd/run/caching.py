@@ -33,6 +33,7 @@ from hfkd.run.expected import expected_contract, loss_temperature, teacher_contr
 from hfkd.run.models import load_student, load_tokenizer, make_teacher, prepare_teacher
 from hfkd.run.rows import load_data
 from hfkd.run.texts import ANSWERS_NAME, answered_rows, fitting, make_dataset, prepare_to_write, visited_rows
+from hfkd.sharding import Launch
 from hfkd.signal import DISTRIBUTION, STATES
 from hfkd.student import check_head
 
@@ -175,7 +176,8 @@ class _Build:
             prepare_to_write(run)
         elif run.model is None:
             run.model = torch.nn.Identity()  # the teacher is another model; the student's plays no part
-            prepare_teacher(self.recipe, run.teacher, run.model, run.tokenizer)
+            # Whole on each process: they read different numbers of texts, and shards must be run together.
+            prepare_teacher(self.recipe, run.teacher, run.model, run.tokenizer, Launch(run.config.device))
         return run.teacher
 
     def _writer(self, dataset: DistillationDataset, contract: dict[str, Any]) -> CacheWriter:

@@ -8,12 +8,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfkd.named import import_named
+from hfkd.named import import_class, import_function
 from hfkd.recipe.schema import InitSection, Recipe, StudentSection, TeacherSection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from hfkd.sharding import Launch
     from hfkd.teachers import Teacher
 
 # What of `load_kwargs` decides where a tokenizer is found, and so belongs to it as well.
@@ -24,10 +25,10 @@ def token_weights(name: str | None) -> Any:
     """The function that `data.token_weights` names, or the column in which the rows of a recipe hold them.
 
     Raises:
-        ValueError: The function can't be imported.
+        ValueError: The function can't be imported, or is none.
     """
     if name is None or ":" in name:
-        return name and import_named(name, "data.token_weights")
+        return name and import_function(name, "data.token_weights")
     return "token_weights"  # whatever the file calls it
 
 
@@ -153,6 +154,7 @@ def prepare_teacher(
     teacher: Teacher | None,
     student: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    launch: Launch,
 ) -> None:
     """Load another model as the teacher, after a look at whether its tokens are the student's.
 
@@ -161,13 +163,12 @@ def prepare_teacher(
         teacher: From `make_teacher`; only one that is another model is prepared here.
         student: The student's model.
         tokenizer: The student's tokenizer; prompts are written with it, and the teacher reads the same ids.
+        launch: How the run was started.
 
     Raises:
         VocabularyError: An id stands for different tokens.
         OSError: The teacher's model can't be found or read.
     """
-    from accelerate import PartialState
-
     from hfkd.teachers import (
         CrossTokenizerTeacher,
         LocalTeacher,
@@ -182,7 +183,7 @@ def prepare_teacher(
         if isinstance(member, LocalTeacher) and not isinstance(member, CrossTokenizerTeacher):
             member.tokenizer = load_tokenizer(sections[name])
             check_same_tokens(tokenizer, member.tokenizer)
-            member.prepare(PartialState(), student)
+            member.prepare(launch, student)
             check_embeddings(tokenizer, member.model)
 
 
@@ -217,7 +218,7 @@ def _one_teacher(section: TeacherSection) -> Teacher:
         return SnapshotTeacher(every=section.every, **prefix)
     if section.kind not in ("local", "cross_tokenizer"):
         return own_teacher(section.kind)(**section.options)
-    names = ("revision", "dtype", "trust_remote_code", "load_kwargs")
+    names = ("revision", "dtype", "trust_remote_code", "load_kwargs", "offload")
     made = LocalTeacher if section.kind == "local" else CrossTokenizerTeacher
     return made(section.model, **{name: getattr(section, name) for name in names}, **prefix)
 
@@ -230,7 +231,4 @@ def own_teacher(name: str) -> type[Teacher]:
     """
     from hfkd.teachers import Teacher
 
-    found = import_named(name, "teacher.kind")
-    if not (isinstance(found, type) and issubclass(found, Teacher)):
-        raise ValueError(f"teacher.kind: {name} is {found!r}; expected a subclass of hfkd.teachers.Teacher")
-    return found
+    return import_class(name, "teacher.kind", Teacher)

@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accelerate import PartialState
-
 from hfkd.data.prompts import PromptBuilder
 from hfkd.data.select import visited
 from hfkd.data.views import DistillationDataset, teacher_prompts
@@ -24,6 +22,7 @@ from hfkd.rollout.hf import HFRollout
 from hfkd.run.build import Run
 from hfkd.run.expected import deciding, name_of
 from hfkd.run.models import token_weights
+from hfkd.sharding import Launch
 
 if TYPE_CHECKING:
     from hfkd.teachers import Teacher
@@ -120,7 +119,7 @@ def answered_rows(run: Run, rows: Rows, folder: Path, written: bool = False) -> 
 
 def prepare_to_write(run: Run) -> None:
     """Make the run's teacher ready to answer; a trainer prepares it again, for its own device and plugins."""
-    run.teacher.prepare(PartialState(), run.model)
+    run.teacher.prepare(Launch.of(run.config), run.model)
 
 
 def answers_fingerprint(recipe: Recipe) -> dict[str, Any]:

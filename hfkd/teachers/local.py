@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hfkd.batch import Batch, View
+from hfkd.distributed import run_inside
 from hfkd.errors import HeadError, UnsupportedCache
 from hfkd.loading import load_causal_lm
 from hfkd.prefix import SharedPrefix
 from hfkd.rows import DenseRows, Head, base_model_of, decode, input_device, supervised
+from hfkd.sharding import is_sharded, one_process_at_a_time, place
 from hfkd.signal import DISTRIBUTION, STATES, TeacherSignal
 from hfkd.states import recording
 from hfkd.teachers.base import Teacher, evaluating
@@ -40,12 +42,16 @@ class ModelTeacher(Teacher):
     state_layers: tuple[int, ...] = ()
     """The layers whose states it shows to losses that ask for states."""
 
+    own_model: nn.Module | None = None
+    """The model that it holds besides the student's weights, once prepared; None where there is none."""
+
     frozen: bool = False
     """Whether its weights stay what they are."""
 
     def __init__(self, reuse_prefix: bool = True) -> None:
         self.reuse_prefix = reuse_prefix
         self.prefix: SharedPrefix | None = None
+        self._wrapped: nn.Module | None = None
         self._copied: Head | None = None
 
     @abstractmethod
@@ -67,8 +73,9 @@ class ModelTeacher(Teacher):
         layers = self.state_layers if STATES in needs else ()
         view, home = batch.teacher_view, batch.student.input_ids.device
         with torch.no_grad(), self.weights() as model:
-            hidden, states, labels = self._run(model, _moved(view, input_device(model)), layers)
-            rows = DenseRows(_rows_at(hidden, labels, home), self.head_at(model, home))
+            view = _moved(view, home if self._wrapped is not None else input_device(model))
+            hidden, states, labels, head = run_inside(self._wrapped or model, model, self._speak, model, view, layers)
+            rows = DenseRows(_rows_at(hidden, labels, home), head)
         kept = {layer: _rows_at(state, labels, home) for layer, state in states.items()}
         return TeacherSignal(rows, kept if STATES in needs else None)
 
@@ -93,7 +100,34 @@ class ModelTeacher(Teacher):
     def check_heads(self, check: Callable[[PreTrainedModel], None]) -> None:
         """Let the one model be looked at."""
         with self.weights() as model:
-            check(model)
+            run_inside(self._wrapped or model, model, check, model)
+
+    def place(self, model: nn.Module, launch: Any, offload: bool = False) -> None:
+        """Put a model that is the teacher's own where it can speak, see `hfkd.sharding.place`."""
+        wrapped, self.own_model = place(model, launch, offload), model
+        self._wrapped = wrapped if is_sharded(model) else None
+
+    def _speak(
+        self, model: PreTrainedModel, view: View, layers: Sequence[int]
+    ) -> tuple[Tensor, dict[int, Tensor], Tensor, Head]:
+        """What `_run` gives, and the head. One that is in shards is whole only in here: a copy leaves, gathered once
+        for all chunks.
+        """
+        if self._wrapped is not None and self.prefix is not None:
+            self._prepare_prefix(model)  # on all processes alike, whatever their rows begin with
+        hidden, states, labels = self._run(model, view, layers)
+        head = self.head_at(model, view.input_ids.device)
+        return hidden, states, labels, head if self._wrapped is None else head.copy()
+
+    def _prepare_prefix(self, model: PreTrainedModel) -> None:
+        try:
+            self.prefix.cache_for(model, 1)
+        except UnsupportedCache as error:
+            self._give_up_prefix(error)
+
+    def _give_up_prefix(self, error: UnsupportedCache) -> None:
+        logger.warning("The teacher's shared prefix of %d tokens isn't reused: %s", len(self.prefix), error)
+        self.prefix = None
 
     def _run(
         self, model: PreTrainedModel, view: View, layers: Sequence[int]
@@ -108,8 +142,7 @@ class ModelTeacher(Teacher):
                     hidden = self.prefix.decode_rest(model, rest)
                 return hidden, recorder.finish(hidden), rest.labels
             except UnsupportedCache as error:
-                logger.warning("The teacher's shared prefix of %d tokens isn't reused: %s", len(self.prefix), error)
-                self.prefix = None
+                self._give_up_prefix(error)
         with recording(model, layers) as recorder:
             hidden = decode(model, view.input_ids, view.attention_mask, view.position_ids).last_hidden_state
         return hidden, recorder.finish(hidden), view.labels
@@ -124,6 +157,8 @@ class LocalTeacher(ModelTeacher):
         dtype: Of the weights when they are loaded: a torch dtype, its name, or `auto`.
         trust_remote_code: Whether code from the model's repository may run; off by default.
         reuse_prefix: See `ModelTeacher`.
+        offload: Keep the weights in CPU memory and bring them to the device a layer at a time (see
+            `hfkd.sharding.place`).
         load_kwargs: More arguments of `from_pretrained`, a `quantization_config` for 4 or 8 bits, say.
         tokenizer: Its tokenizer; loaded beside the weights where `model` is an id. Compared with the student's.
     """
@@ -138,6 +173,7 @@ class LocalTeacher(ModelTeacher):
         dtype: str | torch.dtype = "auto",
         trust_remote_code: bool = False,
         reuse_prefix: bool = True,
+        offload: bool = False,
         load_kwargs: dict[str, Any] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
@@ -145,11 +181,21 @@ class LocalTeacher(ModelTeacher):
         self.model = None if isinstance(model, str) else model
         self.name = model if isinstance(model, str) else getattr(model, "name_or_path", "") or type(model).__name__
         self.revision, self.dtype, self.trust_remote_code = revision, dtype, trust_remote_code
-        self.load_kwargs = dict(load_kwargs or {})
+        self.load_kwargs, self.offload = dict(load_kwargs or {}), offload
         self.tokenizer = tokenizer
+        self._placed = False
 
     def prepare(self, accelerator: Accelerator, student: nn.Module) -> None:
-        """Load the model if it was given by name, freeze it and put it on the student's device."""
+        """Load the model if it was given by name, freeze it and place it as the student is placed: in shards where
+        the student is sharded, else on its device.
+
+        Raises:
+            ValueError: It is the student itself, or can't be sharded.
+        """
+        with one_process_at_a_time(accelerator):
+            self._prepare(accelerator, student)
+
+    def _prepare(self, accelerator: Accelerator, student: nn.Module) -> None:
         if self.model is None:
             self._load()
         if base_model_of(self.model) is base_model_of(student):
@@ -158,8 +204,13 @@ class LocalTeacher(ModelTeacher):
                 "SelfTeacher for the same weights behind another prompt, or load the model twice."
             )
         self.model.requires_grad_(False).eval()
-        if not getattr(self.model, "hf_device_map", None) and not getattr(self.model, "is_quantized", False):
-            self.model.to(accelerator.device)
+        if self._placed:
+            return
+        self._placed = True
+        sharded = getattr(accelerator, "is_fsdp2", False)
+        settled = getattr(self.model, "hf_device_map", None) or getattr(self.model, "is_quantized", False)
+        if sharded or not settled:
+            self.place(self.model, accelerator, self.offload)
 
     def _load(self) -> None:
         shared = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}

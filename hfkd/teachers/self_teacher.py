@@ -55,7 +55,8 @@ class SelfTeacher(ModelTeacher):
             )
         self._model = student
         if self.kind == "frozen_copy":
-            self._model = copy.deepcopy(student).requires_grad_(False).eval().to(accelerator.device)
+            self._model = copy.deepcopy(student).requires_grad_(False).eval()
+            self.place(self._model, accelerator)
 
     @contextmanager
     def weights(self) -> Iterator[PreTrainedModel]:
