@@ -22,6 +22,7 @@ from accelerate import PartialState
 from torch import nn
 
 from hfkd.rollout.base import Completion, Rollout
+from hfkd.sharding import is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ def teacher_answers(
     """Have the teacher answer each prompt, or read what it answered before.
 
     With several processes the first one generates and the others wait for its file, which must lie where all of them
-    can read it.
+    can read it. Where the model is sharded, all run it, and the first one writes.
 
     Args:
         rows: The examples, one for each prompt.
@@ -208,12 +209,22 @@ def _fill(
         with _room(file, missing):
             file.repair()
     state.wait_for_everyone()
-    if not state.is_main_process:
-        _wait_for(file, missing)
-    elif missing:
+    if state.is_main_process and missing:
         with _room(file, missing):
             _generate(missing, rollout, model_context, file)
+    elif missing and _needs_all(model_context):
+        with model_context() as model:
+            for _ in rollout.stream(model, list(missing.values())):
+                pass  # this process lends its shards; what is said is written by the first one
+    if not state.is_main_process:
+        _wait_for(file, missing)
     state.wait_for_everyone()
+
+
+def _needs_all(model_context: Callable[[], AbstractContextManager[nn.Module]]) -> bool:
+    """Whether the model's weights are spread over the processes, so that all must run it."""
+    with model_context() as model:
+        return is_sharded(model)
 
 
 def _generate(
