@@ -64,6 +64,49 @@ class View:
         """The number N of supervised tokens."""
         return int(predicted(self.labels).sum())
 
+    def flat(self) -> FlatView:
+        """Lay the rows end to end in one row, without their padding.
+
+        Returns:
+            The real tokens, at the positions that they have here; the supervised ones are the same, in the same order.
+
+        Raises:
+            ValueError: A supervised token is padding, or would be predicted from padding: the padded view learns it
+                from nothing, and in one row it would be learned from another text.
+        """
+        real = self.attention_mask.bool()
+        if bool((predicted(self.labels) & ~(real[:, :-1] & real[:, 1:])).any()):
+            raise ValueError(
+                "The labels learn a token of the padding, or the first real token of a row that is padded on the "
+                f"left, which nothing stands before to predict it from. Set their labels to {IGNORE}."
+            )
+        if not bool(real.any()):  # a model can't read nothing
+            real = torch.zeros_like(real)
+            real[:, 0] = True
+        first = real & (real.long().cumsum(dim=-1) == 1)
+        labels = self.labels.masked_fill(first, IGNORE)
+        lengths = real.sum(dim=-1)
+        row = (tokens[real][None] for tokens in (self.input_ids, self.position_ids, labels))
+        return FlatView(*row, lengths[lengths > 0])
+
+
+@dataclass(frozen=True)
+class FlatView:
+    """The S real tokens of a view in one row, see `View.flat`.
+
+    Args:
+        input_ids: [1, S] token ids.
+        position_ids: [1, S] positions, from 0 in each sequence.
+        labels: [1, S] the ids to learn, `IGNORE` elsewhere and on the first token of each sequence, so that none is
+            predicted from the sequence before it.
+        lengths: [B] tokens of each sequence; rows without any are left out.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    labels: Tensor
+    lengths: Tensor
+
 
 @dataclass(frozen=True)
 class Batch:

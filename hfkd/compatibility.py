@@ -6,19 +6,137 @@ Reads what the parts say of themselves; it runs no model and changes nothing.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from accelerate.utils import DistributedType
+from torch import nn
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from transformers import TrainingArguments
 
 from hfkd.data.views import DistillationDataset
 from hfkd.objective import Objective
 from hfkd.rollout.base import GenerationSettings
 from hfkd.rollout.on_policy import Mixture
+from hfkd.rows import base_model_of
+from hfkd.sharding import fsdp_version
 from hfkd.signal import DISTRIBUTION, STATES
-from hfkd.teachers import Teacher
+from hfkd.teachers import SeveralTeachers, Teacher
+from hfkd.teachers.moving import ShadowTeacher
 
 logger = logging.getLogger(__name__)
+
+
+def check_processes(use_cpu: bool = False) -> None:
+    """Refuse more processes on this machine than it has GPUs, before the first of them fails on one that isn't there.
+
+    Args:
+        use_cpu: Whether the run asks for no GPU.
+
+    Raises:
+        ValueError: Says how many there are of both.
+    """
+    wanted = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if use_cpu or wanted <= 1 or _is_on("ACCELERATE_USE_CPU"):
+        return
+    found, sharded = torch.cuda.device_count(), _is_on("ACCELERATE_USE_FSDP")
+    if 0 < found < wanted or (not torch.accelerator.is_available() and sharded):
+        otherwise = " (without one, accelerate would train on the CPU and shard nothing)" if not found else ""
+        raise ValueError(
+            f"{wanted} processes were started on this machine, one for each GPU, and it has {found}{otherwise}. Set "
+            f"num_processes of the accelerate config to {max(found, 1)} (times the machines), or "
+            "CUDA_VISIBLE_DEVICES if it hides some."
+        )
+
+
+def _is_on(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true", "yes", "on", "y", "t")
+
+
+def check_layers(model: nn.Module, accelerator: Any) -> None:
+    """Refuse to shard a student whose layers can't be found: it would be gathered whole at every step.
+
+    Args:
+        model: The student, not wrapped yet.
+        accelerator: The trainer's.
+
+    Raises:
+        ValueError: Names the architecture and the setting.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None or not getattr(accelerator, "is_fsdp2", False):
+        return
+    policy = plugin.auto_wrap_policy
+    if getattr(policy, "func", policy) is not transformer_auto_wrap_policy:
+        return  # cut by size, or not at all, because the config says so
+    base, given = base_model_of(model), plugin.transformer_cls_names_to_wrap
+    names = sorted(given or getattr(base, "_no_split_modules", None) or ())
+    known = {type(module).__name__ for module in model.modules()}
+    missing = [name for name in names if name not in known]
+    if names and not missing:
+        return
+    said = "fsdp_transformer_layer_cls_to_wrap is" if given else "the architecture names the classes"
+    near = sorted(name for name in known if name.endswith(("Layer", "Block")))
+    raise ValueError(
+        f"The student, a {type(base).__name__}, can't be sharded: its layers can't be found ({said} {names}"
+        f"{f', and it has no {missing[0]}' if missing else ''}). Set fsdp_transformer_layer_cls_to_wrap in the "
+        f"accelerate config to the class of its layers{f' ({near} perhaps)' if near else ''}, or launch without FSDP."
+    )
+
+
+def check_sharding(accelerator: Any, model: nn.Module, objective: Objective, teacher: Teacher | None) -> None:
+    """Refuse what can't work on weights that are spread over the processes.
+
+    Args:
+        accelerator: The trainer's.
+        model: The student, not wrapped yet.
+        objective: Prepared, so that it has the parameters that it will have.
+        teacher: One, or several.
+
+    Raises:
+        ValueError: Names the part, and what to do.
+    """
+    kind = _sharding(accelerator)
+    if kind is None:
+        return
+    if kind == "FSDP version 1":
+        raise ValueError(
+            "The run was launched with FSDP version 1, whose flattened weights the objective can't read. Set "
+            "fsdp_version: 2 in the accelerate config (recipes/accelerate/fsdp2.yaml does)."
+        )
+    if getattr(base_model_of(model), "is_quantized", False):
+        raise ValueError(
+            f"The student is quantised, and quantised weights can't be cut into shards ({kind}). Load it in bfloat16, "
+            "or launch with recipes/accelerate/ddp.yaml."
+        )
+    learning = [term.name for term in objective.terms if any(one.requires_grad for one in term.loss.parameters())]
+    learning = learning or [name for name, one in objective.named_parameters() if one.requires_grad]
+    if learning:
+        raise ValueError(
+            f"The terms {learning} hold parameters of their own (projections, networks), which Accelerate can't "
+            f"optimise beside a sharded student ({kind}). Launch with recipes/accelerate/ddp.yaml, or take terms "
+            "without parameters."
+        )
+    members = teacher.teachers if isinstance(teacher, SeveralTeachers) else {"": teacher}
+    for member in members.values():
+        if isinstance(member, ShadowTeacher):
+            raise ValueError(
+                f"{type(member).__name__} swaps the student's weights, which can't be done while they are spread over "
+                f"the processes ({kind}). Take SelfTeacher ('adapter_off', 'live' or 'frozen_copy'), or launch with "
+                "recipes/accelerate/ddp.yaml."
+            )
+
+
+def _sharding(accelerator: Any) -> str | None:
+    """The way in which the student will be cut, in words; None where each process has it whole."""
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return f"FSDP version {fsdp_version(accelerator)}"
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        stage = accelerator.state.deepspeed_plugin.zero_stage
+        return f"DeepSpeed ZeRO-{stage}" if stage == 3 else None
+    return None
 
 
 def check_devices(args: TrainingArguments) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from hfkd.compatibility import check_processes
+
 RUN_POLICIES = ("refuse", "resume", "overwrite")
 
 
@@ -24,6 +26,9 @@ class DistillationConfig(TrainingArguments):
         max_length: The most tokens of the student's view, prompt and answer together.
         teacher_max_length: The same for the teacher's view; None takes `max_length`.
         too_long: What happens to an example above its limit: `raise`, or `drop` (counted). Nothing is ever cut.
+        padding_free: Run the student, and the teacher where it reuses no prefix, on each batch as one row without
+            padding; the loss is the same. For models of plain attention layers; their attention is replaced unless it
+            is flash attention.
         tail: What becomes of the mass outside a sparse teacher's ids: `bucket` (one more entry) or `renormalize`.
         compile_losses: Let `torch.compile` fuse the elementwise steps of the losses; needs a C++ compiler on a CPU.
         log_gradient_norms: Log the gradient norm of each term, at the price of one more backward pass a term on the
@@ -35,6 +40,7 @@ class DistillationConfig(TrainingArguments):
     """
 
     chunk_size: int | None = field(default=None, metadata={"help": "Supervised tokens projected at once."})
+    padding_free: bool = field(default=False, metadata={"help": "Run each batch as one row without padding."})
     tail: str = field(default="bucket", metadata={"help": "bucket or renormalize."})
     compile_losses: bool = field(default=False, metadata={"help": "Fuse the losses' elementwise steps."})
     log_gradient_norms: bool = field(default=False, metadata={"help": "Log each term's gradient norm."})
@@ -55,7 +61,14 @@ class DistillationConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         """Check what can't work."""
+        check_processes(self.use_cpu)  # before torch fails on a device that isn't there
         super().__post_init__()
+        loading = self.model_init_kwargs if isinstance(self.model_init_kwargs, dict) else {}
+        self._refuse(
+            isinstance(self.hub_token, str) or isinstance(loading.get("token"), str),
+            "a token is among the settings (hub_token, or model_init_kwargs), which trackers and training_args.bin "
+            "keep. Set the environment variable HF_TOKEN, or log in with `hf auth login`",
+        )
         if self.ddp_find_unused_parameters is None:
             # The objective reaches every parameter that learns; looking for others walks the graph at every step.
             self.ddp_find_unused_parameters = False

@@ -7,7 +7,7 @@ This module knows nothing of losses or teachers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -49,21 +49,35 @@ def run_inside(wrapped: nn.Module, module: nn.Module, function: Callable[..., An
         restore()
 
 
-def total_over_processes(count: int | float, device: torch.device) -> Tensor:
-    """Sum a number over all processes.
+def total_over_processes(count: float | Sequence[float], device: torch.device) -> Tensor:
+    """Sum a number, or several at once, over all processes.
 
     Args:
-        count: This process's number.
+        count: This process's number or numbers.
         device: Where the collective runs.
 
     Returns:
-        A float64 scalar (float32 on devices without float64), the same on every process.
+        Of the shape of `count`, float64 (float32 on devices without float64), the same on every process.
     """
     dtype = torch.float32 if device.type == "mps" else torch.float64
-    total = torch.tensor(float(count), dtype=dtype, device=device)
+    total = torch.tensor(count, dtype=dtype, device=device)
     if PartialState().num_processes > 1:
         torch.distributed.all_reduce(total)
     return total
+
+
+def largest_and_smallest(number: int) -> tuple[int, int]:
+    """The largest and the smallest of the processes' numbers, for what they must agree on.
+
+    Args:
+        number: This process's.
+    """
+    state = PartialState()
+    if state.num_processes == 1:
+        return number, number
+    both = torch.tensor([number, -number], device=state.device)
+    torch.distributed.all_reduce(both, op=torch.distributed.ReduceOp.MAX)
+    return int(both[0]), -int(both[1])
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:

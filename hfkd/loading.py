@@ -1,17 +1,38 @@
 """Loading a causal LM so that it is whole: safetensors, every weight there, and one sentence where a file is damaged.
 
-It doesn't know whether the model is to learn or to teach.
+Code of a model's repository runs only where the caller says `trust_remote_code=True`, and nobody is asked at the
+terminal; pickled weights, which can run code too, are never read. It doesn't know whether the model is to learn or to
+teach.
 """
 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+# What of a model's loading arguments says where its tokenizer and its configuration are found, too.
+_WHERE = (
+    *("revision", "trust_remote_code", "code_revision"),
+    *("gguf_file", "subfolder", "token", "cache_dir", "local_files_only"),
+)
+_CONVERT = (
+    "Pickled weights can run code when they are read, so only safetensors are. Convert them where you trust the file: "
+    "load it with its own library, and `save_pretrained` it"
+)
 
 
 def load_causal_lm(name: str, what: str = "the model", **options: Any) -> PreTrainedModel:
@@ -20,15 +41,20 @@ def load_causal_lm(name: str, what: str = "the model", **options: Any) -> PreTra
     Args:
         name: Hub id or folder.
         what: Begins the message of an error: "the teacher", say.
-        options: Of `from_pretrained`. Weights are read from safetensors only, unless `gguf_file` or `use_safetensors`
-            is among them.
+        options: Of `from_pretrained`. Weights are read from safetensors, or from the `gguf_file` that is among them.
 
     Raises:
-        OSError: It can't be found, a file is truncated or damaged, or weights are missing.
+        OSError: It can't be found, has pickled weights only, a file is truncated or damaged, or weights are missing.
+        ValueError: Pickled weights are asked for, or a kernel of the hub without `trust_remote_code`.
     """
-    if "gguf_file" not in options:
-        options.setdefault("use_safetensors", True)  # pickled weights can run code when they are read
     what = f"{what} {name}"
+    if options.get("use_safetensors") is False:
+        raise ValueError(f"{what}: use_safetensors is off; leave it out. {_CONVERT}.")
+    options = {"trust_remote_code": False, **options}  # None would ask at the terminal
+    _refuse_foreign_kernel(options, what)
+    if not options.get("gguf_file"):
+        options["use_safetensors"] = True
+        _refuse_pickles(Path(name) / (options.get("subfolder") or ""), what)
     model, info = readable(
         lambda: AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options), what
     )
@@ -40,6 +66,43 @@ def load_causal_lm(name: str, what: str = "the model", **options: Any) -> PreTra
             "are incomplete, or they are of another architecture"
         )
     return model
+
+
+def load_config_of(name: str, options: Mapping[str, Any] | None = None) -> PreTrainedConfig:
+    """Read a model's configuration without its weights.
+
+    Args:
+        name: The model's hub id or folder.
+        options: The arguments that the model is loaded with.
+    """
+    return AutoConfig.from_pretrained(name, **_located(options))
+
+
+def load_tokenizer_of(name: str, options: Mapping[str, Any] | None = None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that lies beside a model.
+
+    Args:
+        name: The model's hub id or folder.
+        options: The arguments that the model is loaded with; those that say where it is found serve here as well.
+    """
+    return AutoTokenizer.from_pretrained(name, **_located(options))
+
+
+def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
+    """Put a trained adapter on a model.
+
+    Args:
+        model: What the adapter was trained on.
+        folder: Holds `adapter_config.json` and `adapter_model.safetensors`.
+
+    Raises:
+        OSError: Its weights are pickled, or a file is missing or damaged.
+    """
+    from peft import PeftModel
+
+    what = f"the adapter in {folder}"
+    _refuse_pickles(folder, what)
+    return readable(lambda: PeftModel.from_pretrained(model, str(folder)), what)
 
 
 def readable(load: Callable[[], Any], what: str) -> Any:
@@ -58,3 +121,40 @@ def readable(load: Callable[[], Any], what: str) -> Any:
         ) from error
     except (OSError, ValueError) as error:
         raise OSError(f"{what} can't be loaded: {error}") from error
+
+
+def _located(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Of a model's loading arguments those that hold for the other files beside it."""
+    kept = {name: value for name, value in (options or {}).items() if name in _WHERE}
+    return {"trust_remote_code": False, **kept}
+
+
+def _refuse_pickles(folder: Path, what: str) -> None:
+    """Refuse a folder with pickled weights that have no counterpart in safetensors; whole models and adapters apart,
+    because one folder may hold both.
+
+    Raises:
+        OSError: Names the files.
+    """
+    if not folder.is_dir():
+        return
+    for stem in ("pytorch_model", "adapter_model"):
+        pickled = sorted(path.name for path in folder.glob(f"{stem}*.bin"))
+        wanted = "model*.safetensors" if stem == "pytorch_model" else f"{stem}*.safetensors"
+        if pickled and not any(folder.glob(wanted)):
+            raise OSError(f"{what} has pickled weights only ({', '.join(pickled[:3])}). {_CONVERT}")
+
+
+def _refuse_foreign_kernel(options: Mapping[str, Any], what: str) -> None:
+    """An attention that is named like a repository is code of the hub.
+
+    Raises:
+        ValueError: Code of repositories isn't trusted.
+    """
+    named = options.get("attn_implementation")
+    kernels = [one for one in (named.values() if isinstance(named, Mapping) else [named]) if "/" in str(one)]
+    if kernels and not options["trust_remote_code"]:
+        raise ValueError(
+            f"{what}: attn_implementation {kernels[0]} is code of the hub; set trust_remote_code to true beside it if "
+            "you trust that code and the model's, or take sdpa or flash_attention_2"
+        )

@@ -15,12 +15,17 @@ import os
 import platform
 import re
 import shutil
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 MASK = "***"
 RECORD_NAME = "run.json"
+UNFINISHED = "_unfinished"
+"""The folder, in that of a run, of checkpoints that are being written or removed; Trainer's uploads leave out names
+that begin like this.
+"""
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "trl", "hfkd")
 # What one run leaves in its folder besides checkpoints and the weights, which the next save replaces.
 _RUN_FILES = (RECORD_NAME, "report.json", "plot.png", "recipe.yaml", "README.md", "teacher_answers.jsonl")
@@ -42,6 +47,7 @@ _FREE_TRAINING_KEYS = re.compile(
 _SECRET_KEY = re.compile(
     r"(^|_)(token|secret|passw(or)?d|api_?key|access_?key|private_?key|credentials?)$", re.IGNORECASE
 )
+_NOT_SET, _SHOWN = "not set", 80
 _MARKER_KEY = re.compile(r"^(pad|eos|bos|unk|sep|cls|mask|decoder_start|image|stop|additional_special)_token$")
 _SECRET_TEXT = (
     re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{8,}"),
@@ -95,7 +101,8 @@ def mask_text(text: str) -> str:
 
 @dataclasses.dataclass
 class RunRecord:
-    """Everything that `run.json` says. Durations are in seconds; `status` is started, finished or failed."""
+    """Everything that `run.json` says. Durations are in seconds; `status` is started, finished, failed or
+    preempted."""
 
     recipe: dict[str, Any]
     fingerprint: str
@@ -124,7 +131,10 @@ def write_json(path: Path, content: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        draft.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+        with draft.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
@@ -177,12 +187,67 @@ def recipe_fingerprint(resolved: Mapping[str, Any]) -> str:
     """A hash of what decides the weights: the recipe without how long it trains and what it writes where, and with a
     cache by its presence alone: `check_same_cache` compares what is in it.
     """
+    return hashlib.sha256(json.dumps(_deciding(resolved), sort_keys=True, default=str).encode()).hexdigest()
+
+
+def recipe_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The keys of what decides the weights that differ, each with its value then and now; secrets stay masked.
+
+    Args:
+        before: The recipe of a `run.json`, which is masked.
+        now: The resolved recipe that is compared with it.
+    """
+    old, new = (_leaves(mask(json.loads(json.dumps(_deciding(one), default=str)))) for one in (before, now))
+    return [
+        f"{key} (was {_shown(old.get(key, _NOT_SET))}, is {_shown(new.get(key, _NOT_SET))})"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key, _NOT_SET) != new.get(key, _NOT_SET)
+    ]
+
+
+def _deciding(resolved: Mapping[str, Any]) -> dict[str, Any]:
     kept = {section: value for section, value in resolved.items() if section != "hub"}
     if (kept.get("teacher") or {}).get("cache") is not None:
         kept["teacher"] = {**kept["teacher"], "cache": "cached"}
     training = resolved.get("training") or {}
     kept["training"] = {key: value for key, value in training.items() if not _FREE_TRAINING_KEYS.match(key)}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
+    return kept
+
+
+def _leaves(value: Any, name: str = "") -> dict[str, Any]:
+    """Nested data by dotted keys, as they are written on a command line."""
+    entries = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    found: dict[str, Any] = {}
+    for key, item in entries:
+        found |= _leaves(item, f"{name}.{key}" if name else str(key))
+    return found or {name: value}
+
+
+def _shown(value: Any) -> str:
+    text = value if value is _NOT_SET else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+
+
+def check_writable(folder: str | Path) -> None:
+    """Refuse a folder that can't be written into, before anything is loaded; makes no folder.
+
+    Args:
+        folder: The output folder; it need not exist.
+
+    Raises:
+        OSError: It, or the folder that it would be made in, can't be written into.
+    """
+    nearest = Path(folder).absolute()
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"The output folder {folder} can't be written into ({error.strerror or error}): nothing of the run could "
+            "be kept. Choose another training.output_dir, or mend the permissions."
+        ) from error
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
@@ -191,20 +256,26 @@ def checkpoints(folder: str | Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
-def check_output_folder(folder: str | Path, policy: str, fingerprint: str) -> None:
-    """Refuse a folder that holds another run, unless the policy is to resume it or to overwrite it. Changes nothing.
+def check_output_folder(
+    folder: str | Path, policy: str, fingerprint: str, recipe: Mapping[str, Any] | None = None
+) -> None:
+    """Refuse a folder that can't be written into, or that holds another run, unless the policy is to resume it or to
+    overwrite it. Changes nothing.
 
     Args:
         folder: The output folder; it need not exist.
         policy: `refuse`, `resume` or `overwrite`.
         fingerprint: `recipe_fingerprint` of the recipe that wants to run.
+        recipe: The resolved recipe itself, to say which of its keys differ.
 
     Raises:
         OutputFolderError: The folder holds a run and the policy is `refuse`, or it is `resume` and the recipe differs.
+        OSError: It can't be written into.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise OutputFolderError(f"training.output_dir is {folder}, which is a file; expected a folder")
+    check_writable(folder)
     record = folder / RECORD_NAME
     if policy == "overwrite" or not (record.exists() or checkpoints(folder)):
         return
@@ -220,16 +291,22 @@ def check_output_folder(folder: str | Path, policy: str, fingerprint: str) -> No
             "start anew with --overwrite or choose another training.output_dir"
         )
     try:
-        before = json.loads(record.read_text(encoding="utf-8"))["fingerprint"]
+        known = json.loads(record.read_text(encoding="utf-8"))
+        before, made_by = known["fingerprint"], dict(known.get("recipe") or {})
     except (ValueError, KeyError, TypeError):
         raise OutputFolderError(
             f"{record} is damaged, so the run can't be resumed; start anew with --overwrite"
         ) from None
     if before != fingerprint:
+        keys = recipe_differences(made_by, recipe) if recipe is not None else []
+        if keys:
+            what = "these keys differ: " + ", ".join(keys)
+        else:
+            what = "no key that run.json shows differs: it may be a secret or the folder that paths begin with"
         raise OutputFolderError(
             f"the run in {folder} was made by another recipe (fingerprint {str(before)[:12]}, this one has "
-            f"{fingerprint[:12]}); "
-            "only logging and output settings may differ when a run is resumed"
+            f"{fingerprint[:12]}); {what}. Only logging and output settings may differ when a run is resumed: set "
+            "them back, choose another training.output_dir, or start anew with --overwrite"
         )
 
 
@@ -281,8 +358,8 @@ def clear_output_folder(folder: str | Path) -> None:
     """Remove what a run left in its folder: checkpoints, records, the teacher's answers and weights; other files
     stay.
     """
-    for path in checkpoints(folder):
-        shutil.rmtree(path)
+    for path in [*checkpoints(folder), Path(folder) / UNFINISHED]:
+        shutil.rmtree(path, ignore_errors=not path.exists())
     for name in _RUN_FILES:
         (Path(folder) / name).unlink(missing_ok=True)
     for pattern in _WEIGHT_FILES:

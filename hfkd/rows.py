@@ -9,6 +9,7 @@ Nothing here knows about losses, teachers or prompts.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import Cache, PreTrainedModel
 
 from hfkd.batch import predicted
 from hfkd.errors import HeadError
+from hfkd.zero import whole
 
 LOWEST = -1e4
 """Stands for a logit of minus infinity: its probability is exactly 0, and products with it stay finite."""
@@ -71,20 +73,22 @@ def position_count(model: nn.Module) -> int | None:
 def decode(
     model: nn.Module,
     input_ids: Tensor,
-    attention_mask: Tensor,
+    attention_mask: Tensor | None,
     position_ids: Tensor | None = None,
     past: Cache | None = None,
     use_cache: bool = False,
+    segments: Mapping[str, Any] | None = None,
 ) -> Any:
     """Run the part of a causal LM that comes before its output head.
 
     Args:
         model: A causal LM or a PEFT model around one.
         input_ids: [B, T] token ids.
-        attention_mask: [B, P + T] mask, the cached tokens included.
+        attention_mask: [B, P + T] mask, the cached tokens included; what the attention reads where there are segments.
         position_ids: [B, T] positions; passed on where the architecture takes them.
         past: Cached keys and values of P tokens.
         use_cache: Whether to return a cache.
+        segments: For the attention: where the sequences of a flat row begin (see `hfkd.packing`).
 
     Returns:
         The decoder's output with `last_hidden_state` [B, T, H].
@@ -96,7 +100,7 @@ def decode(
             f"{type(base).__name__} has no part below its output head that can be run alone (`base_model_prefix` is "
             f"{base.base_model_prefix!r}). Expected a causal LM of transformers, loaded with `AutoModelForCausalLM`."
         )
-    extra: dict[str, Any] = {}
+    extra: dict[str, Any] = dict(segments or {})
     if position_ids is not None and "position_ids" in inspect.signature(decoder.forward).parameters:
         extra["position_ids"] = position_ids
     return decoder(
@@ -251,7 +255,7 @@ def _not_linear(base: nn.Module, layer: nn.Module | None) -> str:
 
 def _whole(parameter: Tensor) -> Tensor:
     """A sharded parameter gathered once (its backward scatters); a plain one as it is."""
-    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else whole(parameter)
 
 
 def _logit_rules(config: Any) -> tuple[float, float | None]:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate import PartialState, cpu_offload
@@ -22,6 +22,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard, re
 from torch.distributed.tensor import DTensor
 
 from hfkd.rows import base_model_of
+from hfkd.zero import has_engine, shard_for_inference, zero_stage
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,9 @@ class Launch:
     device: torch.device
     num_processes: int = 1
     is_fsdp2: bool = False
+
+    distributed_type: ClassVar[DistributedType] = DistributedType.NO
+    """DeepSpeed's engines need the accelerator: until there is one, a model is whole on each process."""
 
     @classmethod
     def of(cls, args: Any) -> Launch:
@@ -118,8 +122,12 @@ def place(model: nn.Module, launch: Any, offload: bool = False) -> nn.Module:
     Raises:
         ValueError: It is to be sharded, and its layers can't be found or its weights can't be cut.
     """
+    if Placement.of(model).kind != "whole" and (zero_stage(launch) != 3 or has_engine(model)):
+        return model  # it has its place already; loaded in ZeRO-3's shards it still lacks what gathers them
     if getattr(launch, "is_fsdp2", False) and launch.num_processes > 1:
         _shard(model, launch.device, launch.num_processes, offload)
+    elif zero_stage(launch) == 3:
+        return shard_for_inference(model, launch, offload)
     elif offload:
         _stream(model, launch.device)
     else:

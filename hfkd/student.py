@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from hfkd.batch import View
 from hfkd.config import DistillationConfig
 from hfkd.loading import load_causal_lm
+from hfkd.packing import check_segments, drop_padding, reads_flat
 from hfkd.rows import Head, decode, input_device
 from hfkd.states import nearest_lists
 
@@ -36,6 +37,7 @@ def make_student(model: Any, peft_config: Any, args: DistillationConfig) -> nn.M
     Raises:
         ValueError: The model has an adapter already.
         HeadError: Its output head can't be read; said here, before anything is trained.
+        PaddingFreeError: `padding_free` is on, and it can't keep texts in one row apart.
     """
     if isinstance(model, str):
         model = load_causal_lm(model, "the student", **{"dtype": torch.float32, **(args.model_init_kwargs or {})})
@@ -48,6 +50,8 @@ def make_student(model: Any, peft_config: Any, args: DistillationConfig) -> nn.M
 
         model = get_peft_model(model, peft_config)
     Head.of(model)
+    if args.padding_free:
+        drop_padding(model)
     return model
 
 
@@ -59,17 +63,21 @@ def pad_token(tokenizer: PreTrainedTokenizerBase | None) -> int:
     return next((token for token in ids if token is not None), 0)
 
 
-def check_head(model: nn.Module, view: View, tokens: int = 16) -> None:
+def check_head(model: nn.Module, view: View, padding_free: bool = False, tokens: int = 16) -> None:
     """Hold the logits rebuilt from the head against the model's own, on the first tokens of the first row.
 
     Args:
         model: In eval mode.
         view: What it reads.
+        padding_free: Whether it will read rows without padding; then that is checked, too.
         tokens: How many tokens to run.
 
     Raises:
         HeadError: They differ.
+        PaddingFreeError: It doesn't keep the texts in such a row apart.
     """
+    if padding_free and reads_flat(model):
+        check_segments(model, view)
     length = int(view.attention_mask[0].sum())
     first = int(view.attention_mask[0].long().argmax())
     ids = view.input_ids[:1, first : first + min(tokens, length)].to(input_device(model))

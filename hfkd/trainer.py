@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
@@ -25,23 +24,26 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from hfkd.batch import Batch, predicted
 from hfkd.callbacks import Steps
-from hfkd.compatibility import check_devices, check_parts, check_second_view
+from hfkd.compatibility import check_devices, check_layers, check_parts, check_second_view, check_sharding
 from hfkd.config import DistillationConfig
 from hfkd.data.collate import DistillationCollator
 from hfkd.data.prompts import PromptStyle
 from hfkd.data.views import DistillationDataset
 from hfkd.data.weights import TokenWeights
 from hfkd.distributed import run_inside, same_everywhere, total_over_processes
-from hfkd.errors import NonFiniteLoss, NothingToLearn
+from hfkd.errors import NothingToLearn
 from hfkd.examples import as_views
+from hfkd.faults import check_sum
 from hfkd.gradients import check_gradients_can_be_told_apart, norms_by_term
+from hfkd.loading import load_tokenizer_of
 from hfkd.long_runs import LongRunTrainer
 from hfkd.metrics import Meter, per_token
 from hfkd.objective import LossSum, Objective, build_objective
+from hfkd.packing import run_view
 from hfkd.rollout.base import Rollout
 from hfkd.rollout.buffer import OffPolicyBuffer
 from hfkd.rollout.on_policy import Mixture, Writer
-from hfkd.rows import DenseRows, Head, RowLayout, decode, supervised
+from hfkd.rows import DenseRows, Head, RowLayout, supervised
 from hfkd.signal import STATES, TeacherSignal
 from hfkd.states import recording
 from hfkd.student import check_head, make_student, pad_token
@@ -119,7 +121,7 @@ class DistillationTrainer(LongRunTrainer):
         mixture = Mixture.of(answer)
         check_parts(self.objective, self.teacher, mixture, has_adapter)
         if processing_class is None and isinstance(model, str):
-            processing_class = AutoTokenizer.from_pretrained(model)
+            processing_class = load_tokenizer_of(model, args.model_init_kwargs)
         self._prompts = prompts or PromptStyle(question="{prompt}", answer="{completion}", separator="\n", stop=())
         self._view_settings = {
             "args": args,
@@ -161,6 +163,7 @@ class DistillationTrainer(LongRunTrainer):
 
     def _prepare_teacher(self, dataset: Any, eval_dataset: Any) -> None:
         check_devices(self.args)
+        check_layers(self.model, self.accelerator)
         if self.teacher is None:
             return
         self.teacher.prepare(self.accelerator, self.model)
@@ -168,6 +171,8 @@ class DistillationTrainer(LongRunTrainer):
             self.teacher.check_vocabulary(self.processing_class)
         if not self.objective.needs:
             return
+        if self.args.padding_free:
+            self.teacher.drop_padding()
         if isinstance(dataset, DistillationDataset):
             self.teacher.meet(dataset)
             self.teacher.share_prefix(dataset.shared_prefix)
@@ -206,6 +211,7 @@ class DistillationTrainer(LongRunTrainer):
             self.teacher.keep_states(self.objective.layers[1])
         else:
             self.objective.prepare(self.model)
+        check_sharding(self.accelerator, self.model, self.objective, self.teacher)
         self.objective.to(self.args.device)
         same_everywhere(self.objective.parameters())
 
@@ -232,14 +238,18 @@ class DistillationTrainer(LongRunTrainer):
             batches = self.writer.rewrite(batches, self.state.global_step)
             for name, ratio in self.writer.figures().items():
                 self.meter.add_ratio(name, *ratio)
-        tokens = total_over_processes(sum(int(predicted(batch["labels"]).sum()) for batch in batches), device)
+        supervised_here = sum(int(predicted(batch["labels"]).sum()) for batch in batches)
+        totals = total_over_processes([supervised_here, self.preemption.asked], device)
+        tokens, stopping = totals.tolist()
+        self.preemption.hear(stopping)
+        self.watch.begin(batches)
         if tokens == 0:
             raise NothingToLearn(
                 f"No token is supervised in the {len(batches)} micro-batches of step {self.state.global_step + 1}: "
                 f"every label is -100. "
                 "Check that completions aren't empty and that your collator sets `labels`."
             )
-        return batches, tokens
+        return batches, totals[0]
 
     def compute_loss(
         self,
@@ -257,15 +267,17 @@ class DistillationTrainer(LongRunTrainer):
             num_items_in_batch: Supervised tokens of the step on all processes; None takes this micro-batch's own.
 
         Raises:
-            NonFiniteLoss: The value is not finite; names the step and the terms.
+            NonFiniteLoss: The value is not finite, and `num_items_in_batch` is None. In a training step it is raised
+                by all processes once the gradient is there (see `hfkd.faults`).
         """
         result = self.objective_sum(model, Batch.from_inputs(inputs))
-        self._check_finite(result)
         if num_items_in_batch is None:
+            check_sum(result, self.state.global_step + 1)
             loss = result.total / max(result.tokens, 1)
         else:
             # Accelerate averages gradients over processes; the count is already summed over them.
             loss = result.total * (self.accelerator.num_processes / float(num_items_in_batch))
+            loss = self.watch.add(result, loss)
             self.meter.add(result)
         return (loss, result) if return_outputs else loss
 
@@ -295,9 +307,9 @@ class DistillationTrainer(LongRunTrainer):
                 signal = self.teacher.signal(batch, self.objective.needs)
         view = batch.student
         with recording(module, self.objective.layers[0]) as recorder:
-            hidden = decode(module, view.input_ids, view.attention_mask, view.position_ids).last_hidden_state
-        states = {layer: supervised(state, view.labels) for layer, state in recorder.finish(hidden).items()}
-        student = DenseRows(supervised(hidden, view.labels), Head.of(module))
+            hidden, labels = run_view(module, view, self.args.padding_free)
+        states = {layer: supervised(state, labels) for layer, state in recorder.finish(hidden).items()}
+        student = DenseRows(supervised(hidden, labels), Head.of(module))
         rows = (student, signal, view.targets, batch.token_weights, RowLayout.of(view.labels))
         if self.args.log_gradient_norms and self.model.training and self._will_log():
             self.meter.gradients = norms_by_term(self.objective, module, rows, states, batch.own_text)
@@ -313,19 +325,10 @@ class DistillationTrainer(LongRunTrainer):
         """Hold the logits rebuilt from each head against the model's own, once, on a few tokens of the first batch."""
         with torch.no_grad():
             with evaluating(module):
-                check_head(module, batch.student)
+                check_head(module, batch.student, self.args.padding_free)
             if self.objective.needs:
-                self.teacher.check_heads(lambda model: check_head(model, batch.teacher_view))
-
-    def _check_finite(self, result: LossSum) -> None:
-        if bool(torch.isfinite(result.total)):
-            return
-        wrong = [name for name, part in result.parts.items() if not bool(torch.isfinite(part))]
-        raise NonFiniteLoss(
-            f"The loss of step {self.state.global_step + 1} is {result.total.item()}; terms that aren't finite: "
-            f"{wrong or 'none alone'}. "
-            "Lower the learning rate, or look at this step's data; the last checkpoint is untouched."
-        )
+                view, flat = batch.teacher_view, self.args.padding_free
+                self.teacher.check_heads(lambda model: check_head(model, view, flat))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the meter's figures to a training log line."""

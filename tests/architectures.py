@@ -56,6 +56,8 @@ _SPECIAL = {
     "hyperclovax": {"logits_scaling": 4.0},
     "mistral": {"sliding_window": 8},
     "phi": {},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    "qwen3": {},
     "mamba": {"state_size": 8},
     "recurrent_gemma": {"logits_soft_cap": 1.5, "attention_window_size": 8, "lru_width": 32, "num_hidden_layers": 3},
 }

@@ -35,6 +35,7 @@ def test_a_streamed_model_says_the_same(tied):
     before = bytes_of(streamed)
     place(streamed.requires_grad_(False).eval(), HERE, offload=True)
     assert all(weight.device.type == "meta" for weight in streamed.model.layers.parameters())
+    place(streamed, HERE, offload=True)  # a trainer places again what a recipe's run has placed
     placement = Placement.of(streamed)
     head = streamed.lm_head.weight.nbytes
     assert placement.kind == "streamed"

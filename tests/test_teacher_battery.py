@@ -107,6 +107,16 @@ def test_padding_side_changes_no_teachers_lesson(tmp_path, caches, kind):
 
 
 @every_teacher
+def test_a_run_without_padding_changes_no_teachers_lesson(tmp_path, caches, kind):
+    """Rows of a teacher that isn't told, or looks them up in the batch, must be the same beside a flat student's."""
+    whole = {} if kind.startswith("cached") else {"demonstrations": DEMONSTRATIONS[:1]}  # no prefix worth reusing
+    first, losses = run(tmp_path / "padded", **{**settings_of(kind, caches), **whole})
+    second, others = run(tmp_path / "flat", padding_free=True, **{**settings_of(kind, caches), **whole})
+    assert losses == pytest.approx(others, rel=1e-5)
+    assert worst_difference(first, second) < 1e-4
+
+
+@every_teacher
 def test_a_resumed_run_has_the_same_teacher(tmp_path, caches, kind):
     """What a teacher has become in half a run must not be lost with the process."""
     straight, _ = run(tmp_path / "straight", max_steps=3, **settings_of(kind, caches))

@@ -200,7 +200,7 @@ def test_both_views_learn_the_new_answer_behind_their_own_prompts(source, side, 
             for row, (ids, labels) in enumerate(rows_of(batch, view)):
                 index = 4 * number + row
                 prompt = prompts[view][index]
-                answer = tokenizer(f" {data._row(index)['prompt']}ing\n")["input_ids"]
+                answer = tokenizer(f" {data.row(index)['prompt']}ing\n")["input_ids"]
                 assert ids == prompt + answer
                 assert labels == [IGNORE] * len(prompt) + answer
         for name in ("input_ids", "attention_mask", "labels"):

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from hfkd.cli.errors import user_errors
+from hfkd.cli.reading import read_recipe
 
 # Which options of the command belong to which codec.
 _OF = {"k": ("topk",), "rounds": ("sampled",), "power": ("sampled",), "seed": ("sampled",), "dtype": ("hidden",)}
@@ -44,9 +45,7 @@ def cache(
     given = {"k": k, "rounds": rounds, "power": power, "seed": seed, "dtype": dtype, "compact": compact or None}
     with user_errors(traceback):
         settings = _settings(codec, given)
-        from hfkd.recipe import load_recipe
-
-        loaded = load_recipe(recipe, overrides or [])
+        loaded = read_recipe(recipe, overrides)
 
         from hfkd.cache import make_codec
         from hfkd.cli.quiet import quiet_libraries

@@ -27,6 +27,6 @@ def user_errors(traceback: bool) -> Iterator[None]:
 def _is_users(error: Exception) -> bool:
     if isinstance(error, ValueError | OSError):
         return True
-    from hfkd.errors import NonFiniteLoss
+    from hfkd.errors import NonFiniteGradient, NonFiniteLoss
 
-    return isinstance(error, NonFiniteLoss)
+    return isinstance(error, NonFiniteLoss | NonFiniteGradient)

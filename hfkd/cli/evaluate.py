@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from hfkd.cli.errors import user_errors
+from hfkd.cli.reading import read_recipe
 
 
 def evaluate(
@@ -23,9 +24,7 @@ def evaluate(
 ) -> None:
     """Ask RECIPE's student its evaluation items, with each number of demonstrations in evaluation.shots."""
     with user_errors(traceback):
-        from hfkd.recipe import load_recipe
-
-        loaded = load_recipe(recipe, overrides or [])
+        loaded = read_recipe(recipe, overrides)
 
         from hfkd.cli.quiet import quiet_libraries
         from hfkd.run.evaluation import evaluate_recipe

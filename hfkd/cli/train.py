@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from hfkd.cli.errors import user_errors
+from hfkd.cli.reading import read_recipe
 
 
 def train(
@@ -23,9 +24,7 @@ def train(
     """Train a student as RECIPE says, with its keys changed by KEY=VALUE."""
     with user_errors(traceback):
         policy = run_policy(resume, overwrite)
-        from hfkd.recipe import load_recipe
-
-        loaded = load_recipe(recipe, [*(overrides or []), *policy])
+        loaded = read_recipe(recipe, [*(overrides or []), *policy])
 
         from hfkd.cli.quiet import quiet_libraries
         from hfkd.run import run_recipe

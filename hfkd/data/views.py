@@ -177,7 +177,7 @@ class DistillationDataset(Dataset):
             ValueError: The drawn demonstrations make the student's view longer than `max_length`.
         """
         index = range(len(self))[index]
-        row = self._row(index)
+        row = self.row(index)
         student = self._encode_student(row, self.drawn(index))
         self._check_length(len(student["input_ids"]), self._kept[index], "student")
         teacher = self._teacher[index].encoded(self.shared_prefix) if self.second_view else None
@@ -196,7 +196,7 @@ class DistillationDataset(Dataset):
         """What the teacher reads of an example; without a view of its own that is the student's."""
         if self.second_view:
             return self._teacher[index].encoded(self.shared_prefix)
-        return self._encode_student(self._row(index), self.drawn(index))
+        return self._encode_student(self.row(index), self.drawn(index))
 
     @property
     def epoch(self) -> int:
@@ -210,7 +210,7 @@ class DistillationDataset(Dataset):
 
     def drawn(self, index: int) -> list[Row]:
         """The demonstrations that the student reads with an example in the present epoch."""
-        available = shown_demonstrations(self._row(index), self.demonstrations)
+        available = shown_demonstrations(self.row(index), self.demonstrations)
         draw = random.Random(f"{self.seed}/{self.epoch}/{index}")  # a string seed is the same on every machine
         return draw.sample(available, draw.choice(self.student_shots))
 
@@ -224,7 +224,7 @@ class DistillationDataset(Dataset):
     @property
     def student_prompts(self) -> list[list[int]]:
         """What the student reads before each answer in the present epoch, in order."""
-        views = (self._encode_student(self._row(index), self.drawn(index)) for index in range(len(self)))
+        views = (self._encode_student(self.row(index), self.drawn(index)) for index in range(len(self)))
         return [view["input_ids"][: prompt_length(view)] for view in views]
 
     @property
@@ -232,7 +232,8 @@ class DistillationDataset(Dataset):
         """Which of the given rows are examples: neither too long nor demonstrations themselves."""
         return list(self._kept)
 
-    def _row(self, index: int) -> Row:
+    def row(self, index: int) -> Row:
+        """The row that an example was made of."""
         return self._rows[self._kept[index]]
 
     def _encode_student(self, row: Row, shown: Sequence[Row]) -> Encoded:

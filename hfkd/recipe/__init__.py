@@ -8,7 +8,7 @@ working directory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -20,13 +20,16 @@ from hfkd.recipe.source import RecipeError, apply_overrides, explain, read_yaml,
 __all__ = ["Recipe", "RecipeError", "load_recipe"]
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    path: str | Path, overrides: Sequence[str] = (), *, announce: Callable[[Recipe], None] | None = None
+) -> Recipe:
     """Read a recipe and refuse it, with every fault in one message, before anything is loaded.
 
     Args:
         path: A YAML file.
         overrides: `section.key=value`, applied in order; the value is read as YAML, a list is entered by index
             (`loss.terms.0.weight=2`), and a section that the file leaves out is created.
+        announce: Is given the recipe before anything that it names is imported (`hfkd.recipe.own_code`).
 
     Returns:
         The recipe with its defaults filled in; `training.output_dir` is `outputs/<name of the file>` when not given.
@@ -45,6 +48,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except ValidationError as error:
         raise RecipeError(path, explain(error, Recipe)) from None
     recipe.training.setdefault("output_dir", f"outputs/{path.stem}")
+    if announce is not None:
+        announce(recipe)
     faults = find_faults(recipe)
     if faults:
         raise RecipeError(path, faults)

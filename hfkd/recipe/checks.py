@@ -38,7 +38,7 @@ _POLICIES = ("refuse", "resume", "overwrite")
 def find_faults(recipe: Recipe) -> list[str]:
     """Every impossible combination, one line each; also converts numbers that YAML reads as texts in `training`."""
     checks = (
-        *(teacher_faults, second_view_faults, _loss, answer_faults),
+        *(_loading, teacher_faults, second_view_faults, _loss, answer_faults),
         *(_columns, _shots, _evaluation, _names, _training, _hub),
     )
     return [fault for check in checks for fault in check(recipe)]
@@ -47,6 +47,19 @@ def find_faults(recipe: Recipe) -> list[str]:
 def is_own_class(kind: str) -> bool:
     """Whether a name has the form `package.module:Class`."""
     return bool(OWN_CLASS.match(kind))
+
+
+def _loading(recipe: Recipe) -> Iterator[str]:
+    """What must stand beside `load_kwargs`, where it is seen, holds for the tokenizer too, and is told to the user."""
+    sections: dict[str, Any] = {"student": recipe.student, "teacher": recipe.teacher}
+    sections |= {f"teacher.members.{name}": member for name, member in recipe.teacher.members.items()}
+    for key, section in sections.items():
+        if "trust_remote_code" in section.load_kwargs:
+            yield f"{key}.load_kwargs: holds trust_remote_code; give it as {key}.trust_remote_code"
+        if section.load_kwargs.get("use_safetensors") is False:
+            yield f"{key}.load_kwargs: use_safetensors is false, and pickled weights are never read; leave it out"
+    if recipe.data.generation.vllm.get("trust_remote_code") and not recipe.student.trust_remote_code:
+        yield "data.generation.vllm: trust_remote_code is the student's; set student.trust_remote_code beside it"
 
 
 def _loss(recipe: Recipe) -> Iterator[str]:

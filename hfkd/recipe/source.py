@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from hfkd.record import mask
+from hfkd.record import mask, mask_text
 
 
 class RecipeError(ValueError):
@@ -40,6 +40,15 @@ class _StrictLoader(yaml.SafeLoader):
                 )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+    def refuse(self, node: yaml.Node) -> None:
+        """Say what a tag such as `!!python/object` asks for; the safe loader only says that it doesn't know it."""
+        raise yaml.constructor.ConstructorError(
+            None, None, f"the tag {node.tag!r} asks for an object; a recipe holds plain values", node.start_mark
+        )
+
+
+_StrictLoader.add_constructor(None, _StrictLoader.refuse)
 
 
 def near(name: str, known: Iterable[str]) -> str:
@@ -75,7 +84,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a subclass of the safe loader
     except yaml.YAMLError as error:
-        raise RecipeError(path, [f"it is no valid YAML: {' '.join(str(error).split())}"]) from None
+        raise RecipeError(path, [f"it is no valid YAML: {mask_text(' '.join(str(error).split()))}"]) from None
     if not isinstance(tree, dict):
         raise RecipeError(path, [f"it holds {shown(tree)}; expected sections such as student:, teacher: and data:"])
     return tree
@@ -97,8 +106,9 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> None:
             )
         try:
             parsed = yaml.load(value, Loader=_StrictLoader)  # noqa: S506 - a subclass of the safe loader
-        except yaml.YAMLError:
-            raise RecipeError("override", [f"{key}: {shown(value)} is no valid YAML; quote it"]) from None
+        except yaml.YAMLError as error:
+            reason = getattr(error, "problem", None) or "it can't be read"
+            raise RecipeError("override", [f"{key}: {shown(value)} is no valid YAML ({reason}); quote it"]) from None
         place: Any = tree
         for depth, part in enumerate(parts[:-1]):
             empty: Any = [] if parts[depth + 1].isdigit() else {}

@@ -4,6 +4,10 @@ Prompts are sorted by length, padded on the left and generated batch by batch; a
 once. The model's own generation defaults (penalties, sampling flags) are left out of it, and whatever is switched for
 generation is switched back afterwards. Knows nothing of adapters: the weights that are in force when it is called are
 the ones that write.
+
+A model whose weights are spread over the processes is run by all of them together, whatever each of them has to write:
+they agree on the number of batches and on the prefix, one that has ended goes on until the last one has, and one that
+has nothing to write lends its shards.
 """
 
 from __future__ import annotations
@@ -13,8 +17,10 @@ import inspect
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
+from accelerate import PartialState
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from transformers import (
@@ -26,11 +32,13 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from hfkd.distributed import largest_and_smallest, run_inside
 from hfkd.errors import HeadError, UnsupportedCache
 from hfkd.prefix import SharedPrefix, common_prefix
 from hfkd.rollout.base import Completion, GenerationSettings, Rollout
 from hfkd.rollout.decoding import RowEnds, SeededSampling, TextEnds, draws_for, eos_ids
 from hfkd.rows import position_count
+from hfkd.sharding import is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -65,17 +73,27 @@ class HFRollout(Rollout):
     def stream(
         self, model: nn.Module, prompts: Sequence[list[int]], description: str | None = None
     ) -> Iterator[tuple[int, Completion]]:
-        """Yield `(index of the prompt, completion)` batch by batch, the longest prompts first."""
-        if not prompts:
+        """Yield `(index of the prompt, completion)` batch by batch, the longest prompts first. Of a sharded model all
+        processes must read to the end.
+        """
+        size = self.settings.batch_size
+        ends = range(size, len(prompts) + size, size)
+        if is_sharded(model):
+            ends = range(size, size * (largest_and_smallest(len(ends))[0] + 1), size)
+        if not ends:
             return
         base = _base_model(model)
-        self._check(base, prompts)
+        if prompts:
+            self._check(base, prompts)
         prefix = self._shared_prefix(model, base, prompts)
-        draws = draws_for(prompts, self.settings) if self.settings.temperature > 0 else None
+        draws = draws_for(prompts, self.settings) if prompts and self.settings.temperature > 0 else None
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
         with _progress(description, len(prompts)) as advance:
-            for start in range(0, len(order), self.settings.batch_size):
-                chosen = order[start : start + self.settings.batch_size]
+            for end in ends:
+                chosen = order[end - size : end]
+                if not chosen:
+                    self._lend(model, base)
+                    continue
                 rows = [prompts[index] for index in chosen]
                 completions = self._batch(model, base, rows, prefix, None if draws is None else draws[chosen])
                 advance(len(chosen))
@@ -100,21 +118,24 @@ class HFRollout(Rollout):
         self, model: nn.Module, base: PreTrainedModel, prompts: Sequence[list[int]]
     ) -> SharedPrefix | None:
         """Run what all prompts begin with, or return None where that's too little or isn't possible."""
-        if not self.reuse_prefix or len(prompts) < 2:
+        ids: list[int] = []
+        if self.reuse_prefix and len(prompts) > 1:
+            # At least one token of each prompt is left to be run, because its last row predicts the first new token.
+            ids = common_prefix(prompts, limit=min(len(prompt) for prompt in prompts) - 1)
+        long_enough = len(ids) >= SharedPrefix.MINIMUM or not prompts
+        if is_sharded(model):  # all run one, or none
+            long_enough = bool(largest_and_smallest(int(long_enough))[1])
+        if not long_enough:
             return None
-        # At least one token of each prompt is left to be run, because its last row predicts the first new token.
-        ids = common_prefix(prompts, limit=min(len(prompt) for prompt in prompts) - 1)
-        if len(ids) < SharedPrefix.MINIMUM:
-            return None
-        prefix = SharedPrefix(ids)
+        prefix = SharedPrefix(ids or [0])
         try:
             if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
                 raise UnsupportedCache(
                     "The adapter puts virtual tokens before each prompt; every prompt is run whole."
                 )
             with generation_mode(model):
-                cache = prefix.cache_for(model, 1)
-            longest = max(len(prompt) for prompt in prompts) + self.settings.max_new_tokens
+                cache = run_inside(model, model, prefix.cache_for, model, 1)
+            longest = max(map(len, prompts), default=0) + self.settings.max_new_tokens
             _check_padding_is_free(base, cache, longest)
         except (UnsupportedCache, HeadError) as problem:
             _warn_once(str(problem))
@@ -132,18 +153,25 @@ class HFRollout(Rollout):
         config = _generation_config(base, self.tokenizer, self.settings)
         input_ids, mask = _pad_left(rows, config.pad_token_id, len(prefix) if prefix else 0)
         ends = RowEnds(TextEnds(self.tokenizer, self.settings.stop, config.eos_token_id or ()), *input_ids.shape)
-        device = base.get_input_embeddings().weight.device
-        arguments = {"input_ids": input_ids.to(device), "attention_mask": mask.to(device)}
+        device = _device(model, base)
+        arguments: dict[str, Any] = {"input_ids": input_ids.to(device), "attention_mask": mask.to(device)}
         if draws is not None:
             sampling = SeededSampling(draws, input_ids.shape[1], self.settings.temperature, self.settings.top_p)
             arguments["logits_processor"] = LogitsProcessorList([sampling])
         with generation_mode(model), torch.no_grad():
             if prefix is not None:
                 arguments["past_key_values"] = prefix.cache_for(model, len(rows))
-            sequences = model.generate(
-                **arguments, generation_config=config, stopping_criteria=StoppingCriteriaList([ends])
-            )
+            arguments |= {"generation_config": config, "stopping_criteria": StoppingCriteriaList([ends])}
+            sequences = _generate(model, arguments)
         return ends.completions(sequences)
+
+    def _lend(self, model: nn.Module, base: PreTrainedModel) -> None:
+        """Take part in a batch of the other processes: one token behind one token, and then until they have ended."""
+        config = _generation_config(base, self.tokenizer, self.settings)
+        config.max_new_tokens = 1
+        ids = torch.tensor([[config.pad_token_id]], device=_device(model, base))
+        with generation_mode(model), torch.no_grad():
+            _generate(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "generation_config": config})
 
 
 @contextmanager
@@ -171,6 +199,17 @@ def generation_mode(model: nn.Module) -> Iterator[None]:
             module.gradient_checkpointing = True
         for module, mode in training:
             module.training = mode
+
+
+def _generate(model: nn.Module, arguments: dict[str, Any]) -> Tensor:
+    """`generate` where the weights that no block holds are gathered, and on all processes for as many tokens."""
+    together = is_sharded(model) and PartialState().num_processes > 1
+    return run_inside(model, model, lambda: model.generate(**arguments, synced_gpus=together))
+
+
+def _device(model: nn.Module, base: PreTrainedModel) -> torch.device:
+    """Where ids are read; shards may wait in CPU memory to be gathered elsewhere."""
+    return PartialState().device if is_sharded(model) else base.get_input_embeddings().weight.device
 
 
 def _base_model(model: nn.Module) -> PreTrainedModel:

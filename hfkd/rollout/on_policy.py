@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 SOURCES = ("dataset", "student", "teacher")
 """Who may have written an answer."""
 
+_WATCH = "watch."
+
 ModelContext = Callable[[], AbstractContextManager[nn.Module]]
 
 
@@ -176,13 +178,17 @@ class Writer:
         return dict(self._watch.figures)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What the buffer keeps on this process; empty without one."""
-        return {} if self.buffer is None else self.buffer.state_dict()
+        """What the buffer keeps on this process, and what the warnings count."""
+        watched = {_WATCH + name: value for name, value in self._watch.state_dict().items()}
+        return watched if self.buffer is None else {**self.buffer.state_dict(), **watched}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take back what `state_dict` gave."""
         if self.buffer is not None:
             self.buffer.load_state_dict(state)
+        watched = {name.removeprefix(_WATCH): value for name, value in state.items() if name.startswith(_WATCH)}
+        if watched:  # checkpoints of hfkd 0.1.0 have none
+            self._watch.load_state_dict(watched)
 
     def _check(self) -> None:
         if not self.mixture.writes:

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
 
 from hfkd.errors import NothingToLearn
 from hfkd.rollout.base import Completion, GenerationSettings
@@ -33,6 +36,20 @@ class Watch:
         self._cut: deque[tuple[int, int]] = deque(maxlen=self.CUT_STEPS)
         self._warned = False
         self._blank = 0
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What the warnings count, as integers: cut answers and answers [n, 2], blank steps, whether it warned."""
+        return {
+            "cut": torch.tensor(list(self._cut), dtype=torch.int64).reshape(-1, 2),
+            "blank": torch.tensor(self._blank),
+            "warned": torch.tensor(int(self._warned)),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what `state_dict` gave."""
+        self._cut.clear()
+        self._cut.extend((cut, answers) for cut, answers in state["cut"].tolist())
+        self._blank, self._warned = int(state["blank"]), bool(state["warned"])
 
     def step(
         self,

@@ -99,7 +99,8 @@ def build(recipe: Recipe, *, dry: bool = False) -> Run:
         return run
     if recipe.data.generation.backend == "vllm":
         _check_engine()
-    check_output_folder(run.output_dir, recipe.training.get("run_policy", "refuse"), run.fingerprint)
+    policy = recipe.training.get("run_policy", "refuse")
+    check_output_folder(run.output_dir, policy, run.fingerprint, recipe.resolved())
     run.take(load_data(recipe, run.sources))
     run.tokenizer = load_tokenizer(recipe.student)
     run.builder = PromptBuilder(run.tokenizer, run.style)

@@ -24,7 +24,7 @@ from hfkd.cache.folder import alone_in, is_full, remove_notes, size_in_words
 from hfkd.cache.format import HEAD_NAME, MANIFEST_NAME, write_whole
 from hfkd.compatibility import check_readers_of_draws
 from hfkd.data.prompts import PromptBuilder
-from hfkd.loading import readable
+from hfkd.loading import load_config_of, readable
 from hfkd.recipe.schema import Recipe
 from hfkd.rows import DenseRows, Head
 from hfkd.run.build import Run, settings_of
@@ -342,11 +342,9 @@ def _without_models(recipe: Recipe) -> Run:
 
 def _student_vocabulary(recipe: Recipe) -> int:
     """How many ids the student scores; what a teacher's padded vocabulary has beyond them is cut."""
-    from transformers import AutoConfig
-
     student = recipe.student
-    located = {"revision": student.revision, "trust_remote_code": student.trust_remote_code}
-    config = readable(lambda: AutoConfig.from_pretrained(student.origin, **located), f"{student.origin_key}")
+    located = {**student.load_kwargs, "revision": student.revision, "trust_remote_code": student.trust_remote_code}
+    config = readable(lambda: load_config_of(student.origin, located), student.origin_key)
     return config.get_text_config().vocab_size
 
 

@@ -22,6 +22,7 @@ from rich.console import Console
 from hfkd.card import build_card
 from hfkd.compatibility import check_second_view
 from hfkd.data.views import DistillationDataset
+from hfkd.errors import Preempted
 from hfkd.eval.k_shot import KShotReport
 from hfkd.eval.report import plot_run, write_report
 from hfkd.objective import build_objective
@@ -118,10 +119,13 @@ class _Conductor:
         self._describe()
         try:
             self._stages()
-        except BaseException:
-            self.record.status = "failed"
+        except BaseException as error:
+            preempted = isinstance(error, Preempted)
+            self.record.status = "preempted" if preempted else "failed"
             if self.trains:  # before that nothing is there to protect, and the mended recipe may use the folder
                 self._write_record()
+            if preempted:
+                PartialState().wait_for_everyone()  # the launcher ends all when the first one leaves
             raise
         self.record.status = "finished"
         return self._finish()
@@ -148,7 +152,7 @@ class _Conductor:
         if self.first:
             save_base(self.recipe, run.tokenizer)
         with self._clock("training"), training_bar(trainer, self.console, "Training"):
-            outcome = trainer.train(resume_from_checkpoint=_last_checkpoint(run))
+            outcome = trainer.train(resume_from_checkpoint=_goes_on(run))
         self.record.metrics = {key: value for key, value in outcome.metrics.items() if isinstance(value, int | float)}
         self.record.teacher = run.teacher.describe() if run.teacher is not None else {"kind": "none"}
         self.history = [entry for entry in trainer.state.log_history if "loss" in entry and "step" in entry]
@@ -318,6 +322,6 @@ def push(recipe: Recipe, folder: Path) -> None:
     api.upload_folder(repo_id=recipe.hub.repo_id, folder_path=folder, ignore_patterns=ignored)
 
 
-def _last_checkpoint(run: Run) -> str | None:
-    found = checkpoints(run.output_dir) if run.recipe.training.get("run_policy") == "resume" else []
-    return str(found[-1]) if found else None
+def _goes_on(run: Run) -> bool:
+    """Whether there is a checkpoint to go on from; a run that ended before its first one begins anew."""
+    return run.recipe.training.get("run_policy") == "resume" and bool(checkpoints(run.output_dir))

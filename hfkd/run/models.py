@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from hfkd.sharding import Launch
     from hfkd.teachers import Teacher
 
-# What of `load_kwargs` decides where a tokenizer is found, and so belongs to it as well.
-_TOKENIZER_KWARGS = ("gguf_file", "subfolder", "token", "cache_dir", "local_files_only")
-
 
 def token_weights(name: str | None) -> Any:
     """The function that `data.token_weights` names, or the column in which the rows of a recipe hold them.
@@ -38,15 +35,12 @@ def load_tokenizer(section: StudentSection | TeacherSection) -> PreTrainedTokeni
     Raises:
         OSError: It can't be found or read.
     """
-    from transformers import AutoTokenizer
+    from hfkd.loading import load_tokenizer_of, readable
 
-    from hfkd.loading import readable
-
-    located = {key: value for key, value in section.load_kwargs.items() if key in _TOKENIZER_KWARGS}
-    located.update(revision=section.revision, trust_remote_code=section.trust_remote_code)
+    located = {**section.load_kwargs, "revision": section.revision, "trust_remote_code": section.trust_remote_code}
     teaches = isinstance(section, TeacherSection)
     origin, key = (section.model, "teacher.model") if teaches else (section.origin, section.origin_key)
-    tokenizer = readable(lambda: AutoTokenizer.from_pretrained(origin, **located), f"the tokenizer of {key} {origin}")
+    tokenizer = readable(lambda: load_tokenizer_of(origin, located), f"the tokenizer of {key} {origin}")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

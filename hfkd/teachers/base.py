@@ -87,6 +87,14 @@ class Teacher(ABC):
         """Hear of the tokens that all its prompts begin with; a teacher may use them to save work."""
         return None
 
+    def drop_padding(self) -> None:
+        """Hear that batches are to be run as one row without padding (see `hfkd.packing`) where it can do so.
+
+        Raises:
+            PaddingFreeError: It is a model that can't keep the texts of such a row apart.
+        """
+        return None
+
     def keep_states(self, layers: Sequence[int]) -> None:
         """Hear of the layers whose states the losses will ask for (see `hfkd.states`).
 

@@ -11,14 +11,16 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hfkd.batch import Batch, predicted
 from hfkd.errors import VocabularyError
+from hfkd.loading import load_tokenizer_of
 from hfkd.rows import DenseRows
 from hfkd.signal import DISTRIBUTION, TeacherSignal
 from hfkd.teacher_rows import AlignedRows
 from hfkd.teachers.local import LocalTeacher
+from hfkd.zero import row_count
 
 _VALUES = 2**24
 """Logits that are made at once to read the text's own probability off them."""
@@ -49,9 +51,7 @@ class CrossTokenizerTeacher(LocalTeacher):
                 "from_pretrained(...), because the data are cut by it."
             )
         if self.tokenizer is None:
-            files = {key: self.load_kwargs[key] for key in ("gguf_file", "subfolder") if key in self.load_kwargs}
-            shared = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
-            self.tokenizer = AutoTokenizer.from_pretrained(model, **shared, **files)
+            self.tokenizer = load_tokenizer_of(model, self.loading)
         if not getattr(self.tokenizer, "is_fast", False):
             raise ValueError(
                 f"The teacher's tokenizer {type(self.tokenizer).__name__} can't say which characters its tokens "
@@ -61,7 +61,7 @@ class CrossTokenizerTeacher(LocalTeacher):
     def prepare(self, accelerator: Accelerator, student: nn.Module) -> None:
         """Load, freeze and place the model, and make sure that it can read what its tokenizer writes."""
         super().prepare(accelerator, student)
-        known = self.model.get_input_embeddings().weight.shape[0]
+        known = row_count(self.model.get_input_embeddings().weight)
         if len(self.tokenizer) > known:
             raise VocabularyError(
                 f"The teacher's tokenizer writes {len(self.tokenizer)} ids, but the teacher can read the first "

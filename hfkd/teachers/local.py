@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hfkd.batch import Batch, View
 from hfkd.distributed import run_inside
 from hfkd.errors import HeadError, UnsupportedCache
-from hfkd.loading import load_causal_lm
+from hfkd.loading import load_causal_lm, load_tokenizer_of
+from hfkd.packing import drop_padding, run_view
 from hfkd.prefix import SharedPrefix
-from hfkd.rows import DenseRows, Head, base_model_of, decode, input_device, supervised
+from hfkd.rows import DenseRows, Head, base_model_of, input_device, supervised
 from hfkd.sharding import is_sharded, one_process_at_a_time, place
 from hfkd.signal import DISTRIBUTION, STATES, TeacherSignal
 from hfkd.states import recording
@@ -48,6 +49,9 @@ class ModelTeacher(Teacher):
     frozen: bool = False
     """Whether its weights stay what they are."""
 
+    padding_free: bool = False
+    """Whether it runs whole views as one row without padding."""
+
     def __init__(self, reuse_prefix: bool = True) -> None:
         self.reuse_prefix = reuse_prefix
         self.prefix: SharedPrefix | None = None
@@ -61,6 +65,12 @@ class ModelTeacher(Teacher):
     def share_prefix(self, ids: Sequence[int]) -> None:
         """Keep the prefix if it is long enough to pay and wanted."""
         self.prefix = SharedPrefix(ids) if self.reuse_prefix and len(ids) >= SharedPrefix.MINIMUM else None
+
+    def drop_padding(self) -> None:
+        """Run whole views as one row from now on; what follows a shared prefix stays padded."""
+        with self.weights() as model:
+            drop_padding(model)
+        self.padding_free = True
 
     def keep_states(self, layers: Sequence[int]) -> None:
         """Remember the layers."""
@@ -113,7 +123,7 @@ class ModelTeacher(Teacher):
         """What `_run` gives, and the head. One that is in shards is whole only in here: a copy leaves, gathered once
         for all chunks.
         """
-        if self._wrapped is not None and self.prefix is not None:
+        if self.prefix is not None and is_sharded(model):
             self._prepare_prefix(model)  # on all processes alike, whatever their rows begin with
         hidden, states, labels = self._run(model, view, layers)
         head = self.head_at(model, view.input_ids.device)
@@ -144,8 +154,8 @@ class ModelTeacher(Teacher):
             except UnsupportedCache as error:
                 self._give_up_prefix(error)
         with recording(model, layers) as recorder:
-            hidden = decode(model, view.input_ids, view.attention_mask, view.position_ids).last_hidden_state
-        return hidden, recorder.finish(hidden), view.labels
+            hidden, labels = run_view(model, view, self.padding_free)
+        return hidden, recorder.finish(hidden), labels
 
 
 class LocalTeacher(ModelTeacher):
@@ -183,7 +193,6 @@ class LocalTeacher(ModelTeacher):
         self.revision, self.dtype, self.trust_remote_code = revision, dtype, trust_remote_code
         self.load_kwargs, self.offload = dict(load_kwargs or {}), offload
         self.tokenizer = tokenizer
-        self._placed = False
 
     def prepare(self, accelerator: Accelerator, student: nn.Module) -> None:
         """Load the model if it was given by name, freeze it and place it as the student is placed: in shards where
@@ -204,20 +213,21 @@ class LocalTeacher(ModelTeacher):
                 "SelfTeacher for the same weights behind another prompt, or load the model twice."
             )
         self.model.requires_grad_(False).eval()
-        if self._placed:
-            return
-        self._placed = True
         sharded = getattr(accelerator, "is_fsdp2", False)
         settled = getattr(self.model, "hf_device_map", None) or getattr(self.model, "is_quantized", False)
         if sharded or not settled:
             self.place(self.model, accelerator, self.offload)
 
     def _load(self) -> None:
-        shared = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
-        self.model = load_causal_lm(self.name, "the teacher", **{"dtype": self.dtype, **shared, **self.load_kwargs})
+        self.model = load_causal_lm(self.name, "the teacher", **{"dtype": self.dtype, **self.loading})
         if self.tokenizer is None:
-            files = {key: self.load_kwargs[key] for key in ("gguf_file", "subfolder") if key in self.load_kwargs}
-            self.tokenizer = AutoTokenizer.from_pretrained(self.name, **shared, **files)
+            self.tokenizer = load_tokenizer_of(self.name, self.loading)
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """The arguments that model and tokenizer are loaded with."""
+        shared = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+        return {**shared, **self.load_kwargs}
 
     def check_vocabulary(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Compare the tokens, and make sure that the model can read all of them."""

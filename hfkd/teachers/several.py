@@ -12,13 +12,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hfkd.batch import Batch, View
 from hfkd.data.views import DistillationDataset
 from hfkd.rows import DenseRows, Head, RowLayout
+from hfkd.sharding import is_sharded
 from hfkd.signal import DISTRIBUTION, TeacherSignal
 from hfkd.teacher_rows import MixtureRows, RoutedRows
 from hfkd.teachers.base import Teacher
@@ -115,6 +116,11 @@ class SeveralTeachers(Teacher):
         """Tell each member of the tokens that all prompts begin with."""
         for teacher in self._each():
             teacher.share_prefix(ids)
+
+    def drop_padding(self) -> None:
+        """Tell each member to run without padding."""
+        for teacher in self._each():
+            teacher.drop_padding()
 
     def after_step(self, step: int) -> None:
         """Tell each member of a step."""
@@ -236,8 +242,8 @@ class MixtureTeacher(SeveralTeachers):
 class RoutedTeacher(SeveralTeachers):
     """Each row is taught by the one teacher that it names.
 
-    A member reads the rows that name it and is not run on a batch without any. Members whose forward pass needs all
-    processes (sharded ones) can't be routed: the processes' batches name different teachers.
+    A member reads the rows that name it and is not run on a batch without any, unless its weights are spread over the
+    processes: then it reads one row, for the sake of the others, whose batches name other teachers.
 
     Args:
         teachers: The members by the names that stand in the column.
@@ -284,6 +290,8 @@ class RoutedTeacher(SeveralTeachers):
         member, place, members = torch.zeros_like(owner), torch.zeros_like(owner), []
         for number, name in enumerate(self.teachers):
             if number not in numbers:
+                if numbers and _runs_together(self.teachers[name]):
+                    self.teachers[name].signal(_part(batch, [0]), needs)
                 continue
             rows = self._ask(name, _part(batch, [row for row, one in enumerate(numbers) if one == number]), needs)
             own = owner == number
@@ -361,6 +369,14 @@ def _vocab_size(teacher: Teacher) -> int | None:
         return None
     with teacher.weights() as model:
         return Head.of(model).vocab_size
+
+
+def _runs_together(teacher: Teacher) -> bool:
+    """Whether all processes must run the teacher's model when one does."""
+    if PartialState().num_processes == 1 or not teacher.writes:
+        return False
+    with teacher.weights() as model:
+        return is_sharded(model)
 
 
 def _part(batch: Batch, rows: list[int]) -> Batch:

@@ -7,6 +7,7 @@ from __future__ import annotations
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hfkd.errors import VocabularyError
+from hfkd.zero import row_count
 
 
 def check_same_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
@@ -46,7 +47,7 @@ def check_embeddings(student: PreTrainedTokenizerBase, teacher: PreTrainedModel)
     Raises:
         VocabularyError: The teacher has fewer embeddings than the tokenizer has ids.
     """
-    known = teacher.get_input_embeddings().weight.shape[0]
+    known = row_count(teacher.get_input_embeddings().weight)
     if len(student) > known:
         raise VocabularyError(
             f"The student's tokenizer writes {len(student)} ids, but the teacher can read the first {known} only. Use "

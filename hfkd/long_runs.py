@@ -1,0 +1,299 @@
+"""`LongRunTrainer`: what a `Trainer` needs so that a run of days can be interrupted anywhere and lose little.
+
+It decides when a checkpoint is written, checked and gone on from; how is `hfkd.checkpoint`. It knows no loss.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from torch import nn
+from transformers import Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
+
+from hfkd.checkpoint import (
+    Finding,
+    check_same_training,
+    clear_unfinished,
+    inspect,
+    last_whole,
+    load_companions,
+    publish,
+    rotate,
+    save_companions,
+)
+from hfkd.data.views import DistillationDataset
+from hfkd.errors import CheckpointError, CheckpointNotSaved
+from hfkd.faults import StepWatch, clipped
+from hfkd.preemption import Preemption
+from hfkd.record import UNFINISHED, check_writable, checkpoints, rows_fingerprint
+from hfkd.rollout.on_policy import Writer
+from hfkd.teachers import Teacher
+
+logger = logging.getLogger(__name__)
+
+_SAMPLED_ROWS = 256
+
+
+class LongRunTrainer(Trainer):
+    """A `Trainer` whose checkpoints are whole or not there, and whose run goes on exactly where it was.
+
+    A subclass sets `objective`, `teacher` and `writer`, whose states are kept beside the student's.
+
+    Raises:
+        OSError: Checkpoints are to be written, and the output folder can't be written into.
+    """
+
+    objective: nn.Module
+    teacher: Teacher | None
+    writer: Writer | None
+
+    _drafts: Path | None = None
+    """While a checkpoint is written: the folder that stands for the run's."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        settings = kwargs["args"]
+        if settings.should_save:
+            check_writable(settings.output_dir)
+        super().__init__(*args, **kwargs)
+        self.preemption, self.watch = Preemption(), StepWatch()
+
+    # --- going on
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As in `Trainer`; a checkpoint is checked before anything of it is read.
+
+        Args:
+            resume_from_checkpoint: True for the newest checkpoint of the output folder that is whole; a folder with
+                checkpoints for the newest one in it; or one checkpoint.
+            kwargs: As in `Trainer`.
+
+        Raises:
+            CheckpointError: There is none to go on from, or it is of another training.
+            Preempted: A signal asked for the end; the step under way was finished and a checkpoint saved.
+            NonFiniteLoss: Before the weights were changed; the batches of the step are saved.
+            NonFiniteGradient: The same.
+        """
+        chosen = self._chosen(resume_from_checkpoint) if resume_from_checkpoint else None
+        if self.args.local_process_index == 0 and (names := clear_unfinished(Path(self.args.output_dir))):
+            logger.warning("Removed what a run that was interrupted left unfinished: %s", ", ".join(names))
+        self.accelerator.wait_for_everyone()
+        with self.preemption:
+            return super().train(resume_from_checkpoint=None if chosen is None else str(chosen), **kwargs)
+
+    def _chosen(self, wanted: str | bool) -> Path:
+        """The checkpoint to go on from, the same one on every process."""
+        folder = Path(self.args.output_dir if wanted is True else wanted)
+        found = checkpoints(folder)
+        if wanted is not True and not found:
+            finding = self._inspected(folder)
+            if finding.kind == "damaged":
+                others = [path for path in checkpoints(folder.parent) if path.resolve() != folder.resolve()]
+                raise CheckpointError(
+                    f"{folder} can't be gone on from: {finding.reason}. Take another one"
+                    + (f" ({', '.join(path.name for path in others)} beside it)" if others else "")
+                    + ", or resume_from_checkpoint=True for the newest one that is whole."
+                )
+            return self._accepted(folder, finding)
+        names = gather_object([[path.name for path in found]])[0]  # of the first process
+        for name in reversed(names):
+            finding = self._inspected(folder / name)
+            if finding.kind != "damaged":
+                return self._accepted(folder / name, finding)
+            self._warn(f"{folder / name} is damaged: {finding.reason}. Going back to the checkpoint before it.")
+        raise CheckpointError(
+            f"No checkpoint in {folder} can be gone on from: "
+            + (f"{', '.join(names)} are damaged" if names else "there is none")
+            + ". Start anew (without resume_from_checkpoint, or with --overwrite), or give another folder."
+        )
+
+    def _inspected(self, checkpoint: Path) -> Finding:
+        """What is wrong with it anywhere: each machine looks at its own disk."""
+        here = inspect(checkpoint) if self.args.local_process_index == 0 else None
+        findings = [finding for finding in gather_object([here]) if finding is not None]
+        order = ("damaged", "newer", "unverified", "whole")
+        return min(findings, key=lambda finding: order.index(finding.kind))
+
+    def _accepted(self, checkpoint: Path, finding: Finding) -> Path:
+        if finding.kind == "newer":
+            raise CheckpointError(f"{checkpoint} can't be read: {finding.reason}. Update hfkd, or start anew.")
+        if finding.kind == "unverified":
+            self._warn(f"{checkpoint} can't be verified: {finding.reason}. It is taken as it is.")
+            return checkpoint
+        made, now = finding.manifest, self._about()
+        if self.args.ignore_data_skip:
+            made = {**made, "data": now["data"]}
+        if note := check_same_training(checkpoint, made, now):
+            self._warn(note)
+        return checkpoint
+
+    def _about(self) -> dict[str, Any]:
+        """What a manifest says of the training that made it."""
+        sharding = "fsdp" if self.is_fsdp_enabled else "deepspeed" if self.is_deepspeed_enabled else "none"
+        return {
+            "step": self.state.global_step,
+            "processes": self.args.world_size,
+            "batch": self.args.train_batch_size,
+            "accumulation": self.args.gradient_accumulation_steps,
+            "sharding": sharding,
+            "data": data_fingerprint(self.train_dataset),
+        }
+
+    def _warn(self, text: str) -> None:
+        if self.args.process_index == 0:
+            logger.warning(text)
+
+    # --- writing
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As in `Trainer`, in a folder beside the checkpoints; moved to its place when all of it is on the disk.
+
+        Raises:
+            CheckpointNotSaved: It couldn't be written. What was written of it is removed; those before it stay.
+        """
+        folder = Path(self._get_output_dir(trial=trial))
+        final = folder / f"checkpoint-{self.state.global_step}"
+        self._drafts = folder / UNFINISHED
+        draft = self._drafts / final.name
+        try:
+            super()._save_checkpoint(model, trial)
+            self._name_best(folder, draft)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                publish(draft, final, self._about())
+            self.accelerator.wait_for_everyone()
+            if self.args.local_process_index == 0 and draft.exists():  # a disk of this machine's own
+                publish(draft, final, self._about())
+        except Exception as error:
+            shutil.rmtree(self._drafts, ignore_errors=True)
+            raise CheckpointNotSaved(_not_saved(final, error)) from error
+        finally:
+            self._drafts = None
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+        if self.args.should_save:
+            rotate(folder, self.args.save_total_limit, final, self.state.best_model_checkpoint)
+
+    def _name_best(self, folder: Path, draft: Path) -> None:
+        """Trainer looks for the best checkpoint where it writes; its place is the one that it will be moved to."""
+        if not self.state.best_global_step:
+            return
+        best = folder / f"checkpoint-{self.state.best_global_step}"
+        if best.exists() or best.name == draft.name:
+            self.state.best_model_checkpoint = str(best)
+            if self.args.should_save:
+                self.state.save_to_json(str(draft / "trainer_state.json"))
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._drafts) if self._drafts is not None else super()._get_output_dir(trial)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Not before it is in its place."""
+        if self._drafts is None:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """As in `Trainer`, without a pickle of the settings: nothing reads it, and it holds this machine's paths."""
+        super()._save(output_dir, state_dict)
+        (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Beside the optimizer, in checkpoints only: what the losses learned is no part of the student."""
+        super()._save_optimizer_and_scheduler(output_dir)
+        save_companions(output_dir, self.objective, self.teacher, self.writer, first=self.args.should_save)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As in `Trainer`, and what was saved beside them. DeepSpeed loads its model in a way of its own, so the
+        loading of the model is no place for it.
+        """
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            load_companions(checkpoint, self.objective, self.teacher, self.writer)
+
+    # --- ending early
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss: Any, grad_norm: Any, model: nn.Module, trial: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """As in `Trainer`; where the machine is wanted back, a checkpoint comes before everything else, and the end
+        after it.
+        """
+        ends = self.preemption.due
+        if ends:
+            self.control.should_log, self.control.should_evaluate, self.control.should_save = True, False, True
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
+        if ends:
+            self.preemption.end(self, trial)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        norm = clipped(self, model, self.watch, self.args.max_grad_norm)
+        return super()._clip_grad_norm(model) if norm is None else norm
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """As in `Trainer`, just before the optimizer's step: the last chance to keep a NaN out of the weights."""
+        if grad_norm is None:
+            grad_norm = clipped(self, model, self.watch, None)
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self.watch.check(self, model, grad_norm)
+        return grad_norm
+
+    # --- the same random numbers, whatever happens between two steps
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in `Trainer`; the random numbers of the training go on as if it hadn't been."""
+        with keeping_random_state(self.args.device):
+            return super().evaluate(*args, **kwargs)
+
+
+@contextmanager
+def keeping_random_state(device: torch.device) -> Iterator[None]:
+    """Put all generators back as they were: Python's, NumPy's and PyTorch's, of the CPU and of the device.
+
+    A run that is resumed after an evaluation doesn't repeat it, and a data loader draws a seed even where it needs
+    none.
+
+    Args:
+        device: Of this process.
+    """
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+def data_fingerprint(dataset: Any) -> dict[str, Any]:
+    """How many examples there are, and a hash of some of their rows and of the demonstrations.
+
+    Args:
+        dataset: Of views, or any other: then only its length counts, since what it gives may differ at each visit.
+    """
+    if not hasattr(dataset, "__len__"):
+        return {}
+    fingerprint: dict[str, Any] = {"examples": len(dataset)}
+    if isinstance(dataset, DistillationDataset):
+        every = max(1, len(dataset) // _SAMPLED_ROWS)
+        rows = [dataset.row(place) for place in range(0, len(dataset), every)]
+        fingerprint["sha256"] = rows_fingerprint([*rows, *dataset.demonstrations])["sha256"]
+    return fingerprint
+
+
+def _not_saved(final: Path, error: Exception) -> str:
+    left = last_whole(final.parent)
+    before = f"The last checkpoint, {left}, is untouched" if left else "There is no checkpoint before it"
+    return (
+        f"{final} couldn't be written: {type(error).__name__}: {error}. {before}; what was written of the new one is "
+        "removed. Make room on the disk (save_total_limit keeps fewer) and go on with resume_from_checkpoint=True or "
+        "--resume."
+    )

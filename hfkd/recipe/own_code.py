@@ -1,0 +1,58 @@
+"""The code that a recipe brings with it: names that will be imported, and repositories whose code may run.
+
+Read off the keys alone, so that a user can be told before any of it runs. `hfkd.named` imports; nothing does here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from hfkd.recipe.schema import Recipe
+
+
+def own_code(recipe: Recipe) -> dict[str, str]:
+    """Every `package.module:Name` that this recipe would have imported, by its key."""
+    return {key: name for key, name in _places(recipe) if isinstance(name, str) and ":" in name}
+
+
+def trusted_code(recipe: Recipe) -> dict[str, str]:
+    """The models whose repositories may run their code, by the key that says so."""
+    teachers = {"teacher": recipe.teacher}
+    teachers |= {f"teacher.members.{name}": member for name, member in recipe.teacher.members.items()}
+    found = {f"{key}.trust_remote_code": one.model for key, one in teachers.items() if one.trust_remote_code}
+    if recipe.student.trust_remote_code:
+        found = {"student.trust_remote_code": recipe.student.origin, **found}
+    return {key: model or "no model" for key, model in found.items()}
+
+
+def code_lines(recipe: Recipe) -> list[str]:
+    """What a user is told of both, a line each; none for a recipe of plain values."""
+    lines = []
+    if own := own_code(recipe):
+        named = ", ".join(f"{name} ({key})" for key, name in own.items())
+        lines.append(f"This recipe imports code of its own: {named}")
+    if trusted := trusted_code(recipe):
+        named = ", ".join(f"{model} ({key})" for key, model in trusted.items())
+        lines.append(f"This recipe lets the code of model repositories run: {named}")
+    return lines
+
+
+def _places(recipe: Recipe) -> Iterator[tuple[str, Any]]:
+    """Every key that can hold a name that is imported, with what it holds."""
+    yield "teacher.kind", recipe.teacher.kind
+    for name, member in recipe.teacher.members.items():
+        yield f"teacher.members.{name}.kind", member.kind
+    for number, term in enumerate(recipe.loss.terms):
+        yield f"loss.terms.{number}.kind", term.kind
+        for name, value in (term.model_extra or {}).items():
+            yield f"loss.terms.{number}.{name}", value  # a loss may take a function by its name, `spans` for one
+    data = recipe.data
+    yield "data.token_weights", data.token_weights
+    yield "data.prompt.builder", data.prompt.builder
+    yield "data.train.format", data.train.format
+    yield "data.demonstrations.format", data.demonstrations.format
+    if recipe.evaluation is not None:
+        yield "evaluation.format", recipe.evaluation.format
+        for number, other in enumerate(recipe.evaluation.forgetting):
+            yield f"evaluation.forgetting.{number}.format", other.format
