@@ -106,6 +106,12 @@ def check_sharding(accelerator: Any, model: nn.Module, objective: Objective, tea
             "The run was launched with FSDP version 1, whose flattened weights the objective can't read. Set "
             "fsdp_version: 2 in the accelerate config (recipes/accelerate/fsdp2.yaml does)."
         )
+    if getattr(getattr(accelerator.state, "fsdp_plugin", None), "cpu_ram_efficient_loading", False):
+        raise ValueError(
+            "fsdp_cpu_ram_efficient_loading is on: all processes but the first would hold empty weights until the "
+            "student is sharded, and teachers and evaluations read them before. Set it to false in the accelerate "
+            "config."
+        )
     if getattr(base_model_of(model), "is_quantized", False):
         raise ValueError(
             f"The student is quantised, and quantised weights can't be cut into shards ({kind}). Load it in bfloat16, "

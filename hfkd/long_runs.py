@@ -34,6 +34,7 @@ from hfkd.checkpoint import (
 from hfkd.data.views import DistillationDataset
 from hfkd.errors import CheckpointError, CheckpointNotSaved
 from hfkd.faults import StepWatch, clipped
+from hfkd.masking import shareable_text
 from hfkd.preemption import Preemption
 from hfkd.record import UNFINISHED, check_writable, checkpoints, rows_fingerprint
 from hfkd.rollout.on_policy import Writer
@@ -201,10 +202,24 @@ class LongRunTrainer(Trainer):
         if self._drafts is None:
             super()._push_from_checkpoint(checkpoint_folder)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in `Trainer`; and whole where checkpoints hold shards, of which Trainer makes no model."""
+        super().save_model(output_dir, _internal_call)
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and "SHARDED_STATE_DICT" in str(plugin.state_dict_type) and not _internal_call:
+            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """As in `Trainer`, without a pickle of the settings: nothing reads it, and it holds this machine's paths."""
+        """As in `Trainer`, without a pickle of the settings, which nothing reads, and without this machine's paths in
+        the page that peft writes.
+        """
         super()._save(output_dir, state_dict)
-        (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        if (page := folder / "README.md").is_file():
+            page.write_text(shareable_text(page.read_text("utf-8")), "utf-8")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Beside the optimizer, in checkpoints only: what the losses learned is no part of the student."""

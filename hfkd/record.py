@@ -1,8 +1,7 @@
 """What a run was: its recipe, versions, hardware kind, data and teacher fingerprints, and results, in one `run.json`.
 
 Also decides whether an output folder may be used. It reads no environment variable and keeps no host or user name;
-texts that look like secrets are masked and home folders are shortened before anything is written. It knows no
-trainer: callers hand in plain data.
+`hfkd.masking` goes over all that is written. It knows no trainer: callers hand in plain data.
 """
 
 from __future__ import annotations
@@ -16,11 +15,12 @@ import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-MASK = "***"
+from hfkd.masking import shareable
+
 RECORD_NAME = "run.json"
 UNFINISHED = "_unfinished"
 """The folder, in that of a run, of checkpoints that are being written or removed; Trainer's uploads leave out names
@@ -44,59 +44,11 @@ _FREE_TRAINING_KEYS = re.compile(
     r"project|disable_tqdm|"
     r"log_.*|logging_.*|save_.*|trackio_.*|push_to_hub|hub_.*|overwrite_output_dir)$"
 )
-_SECRET_KEY = re.compile(
-    r"(^|_)(token|secret|passw(or)?d|api_?key|access_?key|private_?key|credentials?)$", re.IGNORECASE
-)
 _NOT_SET, _SHOWN = "not set", 80
-_MARKER_KEY = re.compile(r"^(pad|eos|bos|unk|sep|cls|mask|decoder_start|image|stop|additional_special)_token$")
-_SECRET_TEXT = (
-    re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{8,}"),
-    re.compile(r"\b(?:sk|rk)-[A-Za-z0-9_-]{16,}"),
-    re.compile(
-        r"\b(?:gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|glpat-[\w-]{12,}|AKIA[0-9A-Z]{12,}|xox[abp]-[\w-]{10,})"
-    ),
-    re.compile(r"(?i)(?<=bearer )[\w.~+/=-]{8,}"),
-    re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"),
-)
-_ASSIGNMENT = re.compile(
-    r"(?i)\b((?:[\w.-]*[_.-])?(?:token|secret|passw(?:or)?d|(?:api|access|private)[_-]?key))(\s*=\s*)[^\s,;'\"}\]]+"
-)
-_OTHER_HOMES = re.compile(r"(?<![\w.])/(?:home|Users)/[^/\s'\"]+|(?<![\w./])/root(?=/|$)")
 
 
 class OutputFolderError(ValueError):
     """The output folder holds another run, or a run that this recipe doesn't continue."""
-
-
-def mask(value: Any) -> Any:
-    """A copy of plain data with secrets masked, home folders as `~` and the working folder left out of paths."""
-    if isinstance(value, Mapping):
-        return {mask_text(str(key)): MASK if _is_secret(key, item) else mask(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set):
-        return [mask(item) for item in value]
-    if isinstance(value, os.PathLike):
-        return mask_text(os.fspath(value))
-    return mask_text(value) if isinstance(value, str) else value
-
-
-def _is_secret(key: Any, item: Any) -> bool:
-    name = str(key)
-    return isinstance(item, str) and bool(item) and bool(_SECRET_KEY.search(name)) and not _MARKER_KEY.match(name)
-
-
-def mask_text(text: str) -> str:
-    """A text without what looks like a token or an assigned secret, and without the paths that name a person."""
-    for pattern in _SECRET_TEXT:
-        text = pattern.sub(MASK, text)
-    text = _ASSIGNMENT.sub(lambda found: found[1] + found[2] + MASK, text)
-    here, home = str(Path.cwd()), str(Path.home())
-    if len(here) > 1:
-        text = re.sub(
-            re.escape(here) + r"(?:/|(?=$|[\s'\",]))", lambda found: "" if found[0].endswith("/") else ".", text
-        )
-    if len(home) > 1:
-        text = re.sub(re.escape(home) + r"(?=$|[/\s'\",])", "~", text)
-    return _OTHER_HOMES.sub("~", text)
 
 
 @dataclasses.dataclass
@@ -119,7 +71,7 @@ class RunRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """The record as it is written: masked, and plain enough for JSON."""
-        return mask(json.loads(json.dumps(dataclasses.asdict(self), default=str)))
+        return shareable(json.loads(json.dumps(dataclasses.asdict(self), default=str)))
 
     def write(self, folder: str | Path) -> Path:
         """Write `run.json` into the folder, whole or not at all, and return its path."""
@@ -197,7 +149,7 @@ def recipe_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> lis
         before: The recipe of a `run.json`, which is masked.
         now: The resolved recipe that is compared with it.
     """
-    old, new = (_leaves(mask(json.loads(json.dumps(_deciding(one), default=str)))) for one in (before, now))
+    old, new = (_leaves(shareable(json.loads(json.dumps(_deciding(one), default=str)))) for one in (before, now))
     return [
         f"{key} (was {_shown(old.get(key, _NOT_SET))}, is {_shown(new.get(key, _NOT_SET))})"
         for key in sorted(old.keys() | new.keys())
@@ -365,16 +317,3 @@ def clear_output_folder(folder: str | Path) -> None:
     for pattern in _WEIGHT_FILES:
         for path in Path(folder).glob(pattern):
             path.unlink()
-
-
-def safe_command(arguments: Sequence[str]) -> list[str]:
-    """A command line that may be kept: the program by its name only, secrets masked, also after `--token`."""
-    if not arguments:
-        return []
-    kept, hide = [Path(arguments[0]).name], False
-    for argument in arguments[1:]:
-        kept.append(MASK if hide else mask_text(argument))
-        hide = (
-            argument.startswith("--") and "=" not in argument and bool(_SECRET_KEY.search(argument.replace("-", "_")))
-        )
-    return kept

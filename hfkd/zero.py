@@ -1,4 +1,4 @@
-"""What DeepSpeed's ZeRO-3 asks for: a parameter read outside its module's forward, and a second model that only speaks.
+"""What DeepSpeed's ZeRO-3 asks for: a parameter read outside its module's forward, and an engine for a second model.
 
 Under ZeRO-3 a parameter is empty except while its own module runs. The objective reads the output head outside of it,
 once for each micro-batch, and a teacher is run by parts (decoder, then head), never through an optimizer. DeepSpeed is
@@ -12,13 +12,14 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 
 def zero_stage(accelerator: Any) -> int:
     """Which stage of ZeRO drives the run: 0 where DeepSpeed doesn't."""
-    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+    if getattr(accelerator, "distributed_type", None) != DistributedType.DEEPSPEED:
         return 0
     return int(accelerator.state.deepspeed_plugin.zero_stage)
 
@@ -42,12 +43,37 @@ def whole(parameter: nn.Parameter) -> Tensor:
         return parameter
     if parameter.ds_status.name == "AVAILABLE":
         # Within the engine's forward DeepSpeed gathers what is read, and frees it at the end of that forward.
-        return parameter.view_as(parameter)
+        return _Gathered.apply(parameter)
     import deepspeed
 
     with deepspeed.zero.GatheredParameters([parameter]):
-        # A view has its own hold on the storage; DeepSpeed gives the parameter another one and doesn't touch this.
-        return parameter.view_as(parameter)
+        # The result has its own hold on the storage; DeepSpeed gives the parameter another one and leaves this be.
+        return _Gathered.apply(parameter)
+
+
+class _Gathered(torch.autograd.Function):
+    """The parameter's values as they are now; the parameter is empty again when their gradient comes."""
+
+    @staticmethod
+    def forward(ctx, parameter: nn.Parameter) -> Tensor:
+        ctx.parameter = parameter
+        return parameter.detach()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        parameter = ctx.parameter
+        if parameter.numel() == gradient.numel():
+            return gradient
+        # Torch takes a gradient for a parameter of its shape only. One number stands for all: nobody reads them.
+        parameter.data = gradient.new_zeros(1, dtype=parameter.dtype).expand(gradient.shape)
+
+        def empty(parameter: nn.Parameter) -> None:
+            handle.remove()
+            if parameter.ds_status.name == "NOT_AVAILABLE":
+                parameter.data = parameter.new_empty(0)
+
+        handle = parameter.register_post_accumulate_grad_hook(empty)
+        return gradient
 
 
 def has_engine(model: nn.Module) -> bool:

@@ -120,7 +120,7 @@ class Learner:
         inputs = {name: value.to(self.trainer.args.device) for name, value in Batch(view).to_inputs().items()}
         loss = self.trainer.compute_loss(self.trainer.model, inputs, num_items_in_batch=view.tokens)
         loss.backward()
-        return float(loss)
+        return float(loss.detach())
 
     def gradients(self) -> list[Tensor]:
         """Copies of what the last run left."""

@@ -84,8 +84,8 @@ def made(folder: Path, step: int, text: str = "weights") -> Path:
 def test_a_checkpoint_is_there_when_all_of_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is moved before it is on the disk is, after a power cut, a folder of empty files with the right name."""
     events: list[str] = []
-    fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda file: (events.append(os.readlink(f"/proc/self/fd/{file}")), fsync(file)))
+    to_disk, replace = hfkd.checkpoint._to_disk, os.replace
+    monkeypatch.setattr(hfkd.checkpoint, "_to_disk", lambda path: (events.append(str(path)), to_disk(path)))
     monkeypatch.setattr(os, "replace", lambda one, other: (events.append("moved"), replace(one, other)))
     draft = tmp_path / UNFINISHED / "checkpoint-5"
     checkpoint = made(tmp_path, 5)

@@ -34,6 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "errors",
         "schedules",
         "named",
+        "masking",
     ),
     ("losses", "terms", "plan", "chunks", "objective", "data", "cache"),
     ("teachers", "rollout"),

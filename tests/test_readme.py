@@ -31,6 +31,7 @@ FOLDERS = ("secokd", "accelerate", "ablation", "on_policy", "self_teacher", "sev
 PAGES = (
     *(*RUNNABLE, "CONTRIBUTING.md", "recipes/README.md", *(f"recipes/{folder}/README.md" for folder in FOLDERS)),
     *(f"docs/{name}.md" for name in ("architecture", "teachers", "caching", "several_teachers", "cross_tokenizer")),
+    "docs/security.md",
 )
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 MODELS = ("HuggingFaceTB/SmolLM2-135M-Instruct", "HuggingFaceTB/SmolLM2-360M-Instruct")

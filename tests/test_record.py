@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from hfkd.masking import mask, safe_command
 from hfkd.record import (
+    UNFINISHED,
     OutputFolderError,
     RunRecord,
     check_output_folder,
     clear_output_folder,
-    mask,
     recipe_fingerprint,
     rows_fingerprint,
-    safe_command,
     write_json,
 )
 
@@ -132,8 +132,11 @@ def test_output_folders(tmp_path: Path) -> None:
     check_output_folder(tmp_path, "resume", "f00")
     with pytest.raises(OutputFolderError, match="made by another recipe .fingerprint f00, this one has b00"):
         check_output_folder(tmp_path, "resume", "b00")
+    with pytest.raises(OutputFolderError, match="no key that run.json shows differs"):
+        check_output_folder(tmp_path, "resume", "b00", {})
     check_output_folder(tmp_path, "overwrite", "b00")
     assert (tmp_path / "checkpoint-10").exists(), "a check must not delete"
+    (tmp_path / UNFINISHED / "checkpoint-20").mkdir(parents=True)
     clear_output_folder(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
@@ -143,3 +146,36 @@ def test_a_command_line_keeps_no_secret_and_no_folder() -> None:
     command = ["/home/ada/.venv/bin/hfkd", "train", "r.yaml", "--token", "abc", f"student.load_kwargs.token={TOKEN}"]
     assert safe_command(command) == ["hfkd", "train", "r.yaml", "--token", "***", "student.load_kwargs.token=***"]
     assert safe_command([]) == []
+
+
+def test_a_recipe_that_differs_is_told_by_its_keys(tmp_path: Path) -> None:
+    """Two hashes that differ tell nobody which of a hundred settings was changed since last week."""
+    before = {
+        "student": {"model": "a", "load_kwargs": {"token": TOKEN}},
+        "loss": {"terms": [{"kind": "forward_kl", "weight": 1.0}]},
+        "training": {"learning_rate": 0.1, "save_steps": 5, "max_steps": 30},
+        "data": {"stop": "x" * 500},
+    }
+    now = {
+        "student": {"model": "a", "load_kwargs": {"token": TOKEN + "x"}},
+        "loss": {"terms": [{"kind": "reverse_kl", "weight": 1.0}, {"kind": "cross_entropy"}]},
+        "training": {"learning_rate": 0.1, "save_steps": 9, "seed": 7, "max_steps": 30},
+        "data": {"stop": "y" * 500},
+    }
+    RunRecord(before, recipe_fingerprint(before)).write(tmp_path)
+    check_output_folder(tmp_path, "resume", recipe_fingerprint(before), before)
+    with pytest.raises(OutputFolderError) as caught:
+        check_output_folder(tmp_path, "resume", recipe_fingerprint(now), now)
+    told = str(caught.value)
+    assert 'loss.terms.0.kind (was "forward_kl", is "reverse_kl")' in told
+    assert 'loss.terms.1.kind (was not set, is "cross_entropy")' in told
+    assert "training.seed (was not set, is 7)" in told and "data.stop (was" in told
+    assert TOKEN not in told and "save_steps" not in told and "max_steps" not in told and len(told) < 900
+
+
+@pytest.mark.parametrize("policy", ["refuse", "resume", "overwrite"])
+def test_a_folder_that_cannot_be_written_into(tmp_path: Path, policy: str) -> None:
+    """A read-only disk is found out when the first result is written, hours after it could have been."""
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file/out can't be written into"):
+        check_output_folder(tmp_path / "file" / "out", policy, "f00")

@@ -130,17 +130,23 @@ def trainer(**parts: Any) -> DistillationTrainer:
     return DistillationTrainer(settings.pop("model"), settings.pop("teacher"), args=args, **settings)
 
 
-MEMBERS = "teacher={{kind: mixture, members: {{a: {{kind: local, model: remote{0}}}, b: {{kind: local, model: plain{1}}}}}}}"
-CROSS = "teacher={{kind: cross_tokenizer, model: {0}}}"
+CROSS = "teacher={kind: cross_tokenizer, model: remote}"
 TRUST = ", trust_remote_code: true"
+
+
+def members(first: str, second: str) -> str:
+    """An override with two teachers, of which the first has code of its own."""
+    one, other = f"{{kind: local, model: remote{first}}}", f"{{kind: local, model: plain{second}}}"
+    return f"teacher={{kind: mixture, members: {{a: {one}, b: {other}}}}}"
+
 
 # What is done with a model whose code isn't trusted, while the other one's is.
 REFUSED: dict[str, Callable[[], Any]] = {
     "student": lambda: train("student.model=remote", "teacher.trust_remote_code=true"),
     "teacher": lambda: train("teacher.model=remote", "student.trust_remote_code=true"),
-    "member": lambda: train(MEMBERS.format("", TRUST), "student.trust_remote_code=true"),
+    "member": lambda: train(members("", TRUST), "student.trust_remote_code=true"),
     "cross_tokenizer": lambda: train(
-        CROSS.format("remote"), "loss.terms=[{kind: uld}, {kind: cross_entropy}]", "student.trust_remote_code=true"
+        CROSS, "loss.terms=[{kind: uld}, {kind: cross_entropy}]", "student.trust_remote_code=true"
     ),
     "evaluate": lambda: evaluate_recipe(load_recipe("recipe.yaml", ["student.model=remote"])),
     "cache, student": lambda: build_cache(
@@ -174,7 +180,7 @@ def test_code_beside_weights_does_not_run(desk: Path, case: str) -> None:
 ALLOWED: dict[str, Callable[[], Any]] = {
     "student": lambda: train("student.model=remote", "student.trust_remote_code=true"),
     "teacher": lambda: train("teacher.model=remote", "teacher.trust_remote_code=true"),
-    "member": lambda: train(MEMBERS.format(TRUST, "")),
+    "member": lambda: train(members(TRUST, "")),
     "trainer": lambda: trainer(model="remote", init={"trust_remote_code": True}),
     "LocalTeacher": lambda: trainer(teacher=LocalTeacher("remote", trust_remote_code=True)),
     "CrossTokenizerTeacher": lambda: CrossTokenizerTeacher("remote", trust_remote_code=True),
@@ -187,6 +193,22 @@ def test_code_that_is_trusted_runs(desk: Path, case: str) -> None:
     marker = save_remote(desk / "remote")
     ALLOWED[case]()
     assert marker.exists()
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_a_way_to_generate_is_code_too(desk: Path, trusted: bool) -> None:
+    """A folder can bring its own `generate`, beside a model that needs no code."""
+    save_plain(desk / "own")
+    (desk / "own" / "custom_generate").mkdir()
+    code = f"open({str(desk / 'ran')!r}, 'w').close()\ndef generate(*_, **__): raise ValueError('own')\n"
+    (desk / "own" / "custom_generate" / "generate.py").write_text(code)
+    model = load_causal_lm("own", trust_remote_code=trusted)
+    if trusted:
+        with pytest.raises(ValueError, match="own"):
+            model.generate(torch.ones(1, 2, dtype=torch.long), max_new_tokens=1)
+    else:
+        model.generate(torch.ones(1, 2, dtype=torch.long), max_new_tokens=1)
+    assert (desk / "ran").exists() is trusted
 
 
 def plain_config(folder: Path) -> None:

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import subprocess
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import make_model, make_tokenizer
 from training import ROWS, make_trainer
+from typer.testing import CliRunner
 
 from hfkd import DistillationConfig
+from hfkd.cli.main import app
+from hfkd.masking import safe_command
 from hfkd.recipe import RecipeError, load_recipe
-from hfkd.record import RunRecord, safe_command
-
-ROOT = Path(__file__).resolve().parent.parent
+from hfkd.record import RunRecord
 
 HUB_TOKEN = "hf_" + "PlAnTeDiNtHeEnViRoNmEnT0123456789x"
 SECRETS = {
@@ -75,23 +76,21 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return desk
 
 
-def hfkd(*arguments: str) -> str:
-    """What the command prints, with the planted environment."""
-    done = subprocess.run(
-        [sys.executable, "-c", "from hfkd.cli.main import app; app()", *arguments],
-        env={
-            **os.environ,
-            **{name: value for name, value in SECRETS.items() if name.isupper()},
-            "PYTHONPATH": str(ROOT),
-            "HF_HUB_OFFLINE": "1",
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    return done.stdout
+@pytest.fixture
+def hfkd(desk: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> Callable[..., str]:
+    """The command, with a planted environment; gives all that it prints, a traceback too."""
+    for name in (name for name in SECRETS if name.isupper()):
+        monkeypatch.setenv(name, SECRETS[name])
+
+    def call(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["hfkd", *arguments])
+        result = CliRunner().invoke(app, list(arguments))
+        shown = [result.output, *capfd.readouterr()]
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            shown += traceback.format_exception(result.exception)
+        return "".join(shown)
+
+    return call
 
 
 def found_in(folder: Path, *more: str) -> list[str]:
@@ -104,9 +103,10 @@ def found_in(folder: Path, *more: str) -> list[str]:
     return found
 
 
-def test_a_run_leaves_no_secret(desk: Path) -> None:
+def test_a_run_leaves_no_secret(desk: Path, hfkd: Callable[..., str]) -> None:
     """What a run leaves is uploaded, mailed and put into tickets; a token in it is a token given away."""
-    printed = hfkd("train", "recipe.yaml", "training.output_dir=out", f"student.load_kwargs.token={SECRETS['command']}")
+    token = f"student.load_kwargs.token={SECRETS['command']}"
+    printed = hfkd("train", "recipe.yaml", "training.output_dir=out", token)
     assert "Student" in printed and (desk / "out" / "README.md").exists(), printed
     assert (desk / "out" / "checkpoint-2" / "optimizer.pt").exists()
     names = {path.name for path in (desk / "out").iterdir()}
@@ -115,7 +115,7 @@ def test_a_run_leaves_no_secret(desk: Path) -> None:
     assert not [name for name, text in SECRETS.items() if text in printed]
 
 
-def test_a_cache_leaves_no_secret(desk: Path) -> None:
+def test_a_cache_leaves_no_secret(desk: Path, hfkd: Callable[..., str]) -> None:
     """A cache is made to be passed on."""
     printed = hfkd("cache", "recipe.yaml", "--out", "cache", "--codec", "topk", "--k", "4")
     assert (desk / "cache" / "manifest.json").exists(), printed
@@ -123,7 +123,7 @@ def test_a_cache_leaves_no_secret(desk: Path) -> None:
     assert not [name for name, text in SECRETS.items() if text in printed]
 
 
-def test_an_evaluation_leaves_no_secret(desk: Path) -> None:
+def test_an_evaluation_leaves_no_secret(desk: Path, hfkd: Callable[..., str]) -> None:
     """Scores are shown around."""
     printed = hfkd("evaluate", "recipe.yaml", "--json", "scores/scores.json")
     assert (desk / "scores" / "scores.json").exists(), printed
@@ -131,10 +131,8 @@ def test_an_evaluation_leaves_no_secret(desk: Path) -> None:
     assert not [name for name, text in SECRETS.items() if text in printed]
 
 
-def test_no_path_of_this_machine_in_what_is_published(desk: Path) -> None:
-    """Where a model lay is nobody's business, and of no use elsewhere; the base of an adapter alone has to be found
-    again.
-    """
+def test_no_path_of_this_machine_in_what_is_published(desk: Path, hfkd: Callable[..., str]) -> None:
+    """Where a model lay is nobody's business; the base of an adapter alone has to be found again."""
     printed = hfkd("train", str(desk / "recipe.yaml"), f"training.output_dir={desk / 'out'}")
     assert (desk / "out" / "README.md").exists(), printed
     for name in ("run.json", "report.json", "recipe.yaml", "README.md"):
@@ -143,7 +141,7 @@ def test_no_path_of_this_machine_in_what_is_published(desk: Path) -> None:
     record = json.loads((desk / "out" / "run.json").read_text())
     assert record["recipe"]["student"]["model"] == "student"
     assert record["recipe"]["teacher"]["model"] == record["teacher"]["model"] == "teacher"
-    assert record["command"] == ["-c", "train", "recipe.yaml", "training.output_dir=out"]
+    assert record["command"] == ["hfkd", "train", "recipe.yaml", "training.output_dir=out"]
     kept = [path.relative_to(desk / "out").as_posix() for path in (desk / "out").rglob("*") if path.is_file()]
     holding = [name for name in kept if str(desk.parent).encode() in (desk / "out" / name).read_bytes()]
     assert {Path(name).name for name in holding} <= {"adapter_config.json", "trainer_state.json"}, holding
@@ -155,8 +153,8 @@ def test_no_path_of_this_machine_in_what_is_published(desk: Path) -> None:
         ["train", "recipe.yaml", f"hub.token={SECRETS['command']}"],
         ["train", "recipe.yaml", f"training.hub_token={SECRETS['teacher_kwargs']}"],
         ["train", "recipe.yaml", f"student.model=https://user:{SECRETS['url']}@host.invalid/model"],
-        ["train", "recipe.yaml", f"data.train.path=https://user:{SECRETS['url']}@host.invalid/rows.jsonl"],
-        ["train", "recipe.yaml", f"data.train.path=https://user:{SECRETS['url']}@host.invalid/rows.jsonl", "--traceback"],
+        ["train", "recipe.yaml", f"data.train.path=https://user:{SECRETS['url']}@host.invalid/a.jsonl"],
+        ["train", "recipe.yaml", f"data.train.path=https://user:{SECRETS['url']}@host.invalid/a.jsonl", "--traceback"],
         ["train", "recipe.yaml", f"student.dtype={SECRETS['command']}"],
         ["train", "recipe.yaml", f"student.load_kwargs={SECRETS['command']}"],
         ["train", "recipe.yaml", f"--token={SECRETS['command']}"],
@@ -166,14 +164,14 @@ def test_no_path_of_this_machine_in_what_is_published(desk: Path) -> None:
     ],
     ids=lambda arguments: " ".join(arguments[:1] + arguments[2:]).partition("=")[0],
 )
-def test_an_error_shows_no_secret(desk: Path, arguments: list[str]) -> None:
+def test_an_error_shows_no_secret(hfkd: Callable[..., str], arguments: list[str]) -> None:
     """A message is what a user copies into an issue."""
     printed = hfkd(*arguments)
     assert "rror" in printed, printed
     assert not [name for name, text in SECRETS.items() if text in printed], printed
 
 
-def test_broken_yaml_shows_no_secret(desk: Path) -> None:
+def test_broken_yaml_shows_no_secret(desk: Path, hfkd: Callable[..., str]) -> None:
     """The parser shows the line that it stumbled over."""
     Path("broken.yaml").write_text(f"student: {{model: a, load_kwargs: {{token: {SECRETS['command']}: x}}}}\n")
     printed = hfkd("train", "broken.yaml")

@@ -17,11 +17,23 @@ def user_errors(traceback: bool) -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, OSError, RuntimeError) as error:
+    except Exception as error:
+        _hide_secrets(error)
         if traceback or not _is_users(error):
             raise
         typer.secho(f"Error: {error}", fg=typer.colors.RED, err=True)
         raise typer.Exit(2) from None
+
+
+def _hide_secrets(error: BaseException | None) -> None:
+    """Mask what looks like a secret in the message of an error and of those behind it: it will be copied somewhere."""
+    from hfkd.masking import mask_secrets
+
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        error.args = tuple(mask_secrets(part) if isinstance(part, str) else part for part in error.args)
+        error = error.__cause__ or error.__context__
 
 
 def _is_users(error: Exception) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from hfkd.record import mask, mask_text
+from hfkd.masking import mask, mask_secrets
 
 
 class RecipeError(ValueError):
@@ -84,7 +84,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a subclass of the safe loader
     except yaml.YAMLError as error:
-        raise RecipeError(path, [f"it is no valid YAML: {mask_text(' '.join(str(error).split()))}"]) from None
+        raise RecipeError(path, [f"it is no valid YAML: {mask_secrets(' '.join(str(error).split()))}"]) from None
     if not isinstance(tree, dict):
         raise RecipeError(path, [f"it holds {shown(tree)}; expected sections such as student:, teacher: and data:"])
     return tree
@@ -108,7 +108,7 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> None:
             parsed = yaml.load(value, Loader=_StrictLoader)  # noqa: S506 - a subclass of the safe loader
         except yaml.YAMLError as error:
             reason = getattr(error, "problem", None) or "it can't be read"
-            raise RecipeError("override", [f"{key}: {shown(value)} is no valid YAML ({reason}); quote it"]) from None
+            raise RecipeError("override", [f"{key}: {shown(value)} is no valid YAML; quote it ({reason})"]) from None
         place: Any = tree
         for depth, part in enumerate(parts[:-1]):
             empty: Any = [] if parts[depth + 1].isdigit() else {}

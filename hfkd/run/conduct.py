@@ -25,6 +25,7 @@ from hfkd.data.views import DistillationDataset
 from hfkd.errors import Preempted
 from hfkd.eval.k_shot import KShotReport
 from hfkd.eval.report import plot_run, write_report
+from hfkd.masking import safe_command
 from hfkd.objective import build_objective
 from hfkd.recipe.schema import Recipe
 from hfkd.record import (
@@ -34,7 +35,6 @@ from hfkd.record import (
     checkpoints,
     clear_output_folder,
     rows_fingerprint,
-    safe_command,
 )
 from hfkd.rollout.on_policy import Mixture
 from hfkd.run.build import Run, build, make_config

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from hfkd.eval.k_shot import KShotReport, evaluate_k_shot
+from hfkd.masking import shareable
 from hfkd.recipe.schema import Recipe
-from hfkd.record import mask, write_json
+from hfkd.record import write_json
 from hfkd.run.build import Run, build_for_evaluation
 from hfkd.run.rows import Task
 
@@ -55,7 +56,7 @@ def evaluate_recipe(
         "forgetting": others,
     }
     if json_path is not None:
-        write_json(json_path, mask(result))
+        write_json(json_path, shareable(result))
     return result
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from hfkd.cache.contract import text_contract
 from hfkd.data.views import DistillationDataset
+from hfkd.masking import mask
 from hfkd.objective import Objective
 from hfkd.recipe.schema import Recipe
-from hfkd.record import mask
 from hfkd.run.build import Run
 from hfkd.schedules import all_values, constant_or_schedule
 from hfkd.signal import DISTRIBUTION

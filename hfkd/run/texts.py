@@ -14,9 +14,9 @@ from hfkd.data.select import visited
 from hfkd.data.views import DistillationDataset, teacher_prompts
 from hfkd.errors import NothingToLearn
 from hfkd.examples import PLACEHOLDER
+from hfkd.masking import mask
 from hfkd.objective import Objective
 from hfkd.recipe.schema import Recipe
-from hfkd.record import mask
 from hfkd.rollout.answers import teacher_answers
 from hfkd.rollout.hf import HFRollout
 from hfkd.run.build import Run

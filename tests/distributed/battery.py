@@ -63,16 +63,17 @@ def make_case(case: str, folder: Path, processes: int, **overrides: Any) -> Dist
         settings["max_grad_norm"] = 0.05
     if not full:
         settings["peft_config"] = lora(target_modules=["q_proj", "down_proj"]) if "fewer" in more else lora()
-    if "mixed" in more:
-        settings["data_collator"] = collate_with_one_stray
     if teacher == "routed":
         settings["rows"] = ROUTED
     model = make_model(seed=0, **shape)
-    return make_trainer(folder / "run", model=model, teacher=teachers[teacher](), **{**settings, **overrides})
+    trainer = make_trainer(folder / "run", model=model, teacher=teachers[teacher](), **{**settings, **overrides})
+    if "mixed" in more:
+        trainer.data_collator = collate_with_one_stray
+    return trainer
 
 
 def collate_with_one_stray(features: list[Any]) -> dict[str, Tensor]:
-    """The rows as they are, but for one of the sixteen, whose teacher's prompt doesn't begin with the shared prefix."""
+    """The rows, of which one of the sixteen has a teacher's prompt that doesn't begin with the shared prefix."""
     inputs, stray = DistillationCollator(2)(features), make_tokenizer()(" " + ROWS[0]["prompt"])["input_ids"]
     for row, ids in enumerate(inputs["input_ids"].tolist()):
         if ids[2 : 2 + len(stray)] == stray:
