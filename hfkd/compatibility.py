@@ -25,6 +25,7 @@ from hfkd.sharding import fsdp_version
 from hfkd.signal import DISTRIBUTION, STATES
 from hfkd.teachers import SeveralTeachers, Teacher
 from hfkd.teachers.moving import ShadowTeacher
+from hfkd.zero import zero_stage
 
 logger = logging.getLogger(__name__)
 
@@ -99,31 +100,16 @@ def check_sharding(accelerator: Any, model: nn.Module, objective: Objective, tea
         ValueError: Names the part, and what to do.
     """
     kind = _sharding(accelerator)
+    if kind is None and zero_stage(accelerator) == 0:
+        return
+    _check_learning_terms(objective, kind or f"DeepSpeed ZeRO-{zero_stage(accelerator)}")
     if kind is None:
         return
-    if kind == "FSDP version 1":
-        raise ValueError(
-            "The run was launched with FSDP version 1, whose flattened weights the objective can't read. Set "
-            "fsdp_version: 2 in the accelerate config (recipes/accelerate/fsdp2.yaml does)."
-        )
-    if getattr(getattr(accelerator.state, "fsdp_plugin", None), "cpu_ram_efficient_loading", False):
-        raise ValueError(
-            "fsdp_cpu_ram_efficient_loading is on: all processes but the first would hold empty weights until the "
-            "student is sharded, and teachers and evaluations read them before. Set it to false in the accelerate "
-            "config."
-        )
+    _check_plugin(accelerator, model)
     if getattr(base_model_of(model), "is_quantized", False):
         raise ValueError(
             f"The student is quantised, and quantised weights can't be cut into shards ({kind}). Load it in bfloat16, "
             "or launch with recipes/accelerate/ddp.yaml."
-        )
-    learning = [term.name for term in objective.terms if any(one.requires_grad for one in term.loss.parameters())]
-    learning = learning or [name for name, one in objective.named_parameters() if one.requires_grad]
-    if learning:
-        raise ValueError(
-            f"The terms {learning} hold parameters of their own (projections, networks), which Accelerate can't "
-            f"optimise beside a sharded student ({kind}). Launch with recipes/accelerate/ddp.yaml, or take terms "
-            "without parameters."
         )
     members = teacher.teachers if isinstance(teacher, SeveralTeachers) else {"": teacher}
     for member in members.values():
@@ -133,6 +119,45 @@ def check_sharding(accelerator: Any, model: nn.Module, objective: Objective, tea
                 f"the processes ({kind}). Take SelfTeacher ('adapter_off', 'live' or 'frozen_copy'), or launch with "
                 "recipes/accelerate/ddp.yaml."
             )
+
+
+def _check_learning_terms(objective: Objective, kind: str) -> None:
+    """Refuse parameters of losses, which neither FSDP nor DeepSpeed's engine knows."""
+    learning = [term.name for term in objective.terms if any(one.requires_grad for one in term.loss.parameters())]
+    learning = learning or [name for name, one in objective.named_parameters() if one.requires_grad]
+    if learning:
+        raise ValueError(
+            f"The terms {learning} hold parameters of their own (projections, networks), which Accelerate can't "
+            f"optimise beside a sharded student ({kind}). Launch with recipes/accelerate/ddp.yaml, or take terms "
+            "without parameters."
+        )
+
+
+def _check_plugin(accelerator: Any, model: nn.Module) -> None:
+    """Refuse settings of FSDP with which weights are misread or lost."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None:
+        return
+    if fsdp_version(accelerator) != 2:
+        raise ValueError(
+            "The run was launched with FSDP version 1, whose flattened weights the objective can't read. Set "
+            "fsdp_version: 2 in the accelerate config (recipes/accelerate/fsdp2.yaml does)."
+        )
+    if getattr(plugin, "cpu_ram_efficient_loading", False):
+        raise ValueError(
+            "fsdp_cpu_ram_efficient_loading is on: all processes but the first would hold empty weights until the "
+            "student is sharded, and teachers and evaluations read them before. Set it to false in the accelerate "
+            "config."
+        )
+    if not hasattr(model, "peft_config") or not getattr(plugin, "activation_checkpointing", False):
+        return
+    if "SHARDED_STATE_DICT" in str(plugin.state_dict_type):
+        raise ValueError(
+            "An adapter is trained with fsdp_activation_checkpointing and checkpoints of shards: such a checkpoint "
+            "can't be resumed, because peft doesn't find the weights of layers that are wrapped, and keeps fresh ones "
+            "without a word (peft 0.21, accelerate 1.15). Set fsdp_state_dict_type: FULL_STATE_DICT; an adapter is "
+            "small."
+        )
 
 
 def _sharding(accelerator: Any) -> str | None:

@@ -38,6 +38,7 @@ from hfkd.masking import shareable_text
 from hfkd.preemption import Preemption
 from hfkd.record import UNFINISHED, check_writable, checkpoints, rows_fingerprint
 from hfkd.rollout.on_policy import Writer
+from hfkd.sharding import own_names
 from hfkd.teachers import Teacher
 
 logger = logging.getLogger(__name__)
@@ -213,9 +214,12 @@ class LongRunTrainer(Trainer):
         """As in `Trainer`, without a pickle of the settings, which nothing reads, and without this machine's paths in
         the page that peft writes.
         """
-        super()._save(output_dir, state_dict)
+        with own_names(self.model):
+            super()._save(output_dir, state_dict)
         if not self.args.should_save:
             return
+        if not self.args.should_save:
+            return  # the process that wrote them looks after them
         folder = Path(output_dir or self.args.output_dir)
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
         if (page := folder / "README.md").is_file():

@@ -15,7 +15,7 @@ import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -149,12 +149,8 @@ def recipe_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> lis
         before: The recipe of a `run.json`, which is masked.
         now: The resolved recipe that is compared with it.
     """
-    old, new = (_leaves(shareable(json.loads(json.dumps(_deciding(one), default=str)))) for one in (before, now))
-    return [
-        f"{key} (was {_shown(old.get(key, _NOT_SET))}, is {_shown(new.get(key, _NOT_SET))})"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key, _NOT_SET) != new.get(key, _NOT_SET)
-    ]
+    old, new = (shareable(json.loads(json.dumps(_deciding(one), default=str))) for one in (before, now))
+    return [f"{key} (was {_shown(was)}, is {_shown(now_is)})" for key, was, now_is in _unlike(old, new)]
 
 
 def _deciding(resolved: Mapping[str, Any]) -> dict[str, Any]:
@@ -166,13 +162,15 @@ def _deciding(resolved: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _leaves(value: Any, name: str = "") -> dict[str, Any]:
-    """Nested data by dotted keys, as they are written on a command line."""
-    entries = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
-    found: dict[str, Any] = {}
-    for key, item in entries:
-        found |= _leaves(item, f"{name}.{key}" if name else str(key))
-    return found or {name: value}
+def _unlike(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Where nested data differ, by dotted keys as they are written on a command line."""
+    if isinstance(old, list) and isinstance(new, list):
+        old, new = ({str(place): item for place, item in enumerate(one)} for one in (old, new))
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in sorted(old.keys() | new.keys()):
+            yield from _unlike(old.get(key, _NOT_SET), new.get(key, _NOT_SET), f"{name}.{key}" if name else key)
+    elif old != new:
+        yield name, old, new
 
 
 def _shown(value: Any) -> str:

@@ -17,6 +17,7 @@ import torch
 from accelerate import PartialState, cpu_offload
 from accelerate.utils import DistributedType, str_to_bool
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -159,6 +160,29 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 def is_sharded(model: nn.Module) -> bool:
     """Whether processes must run the model together, because each holds a part of its weights only."""
     return any(isinstance(weight, DTensor) or hasattr(weight, "ds_numel") for weight in model.parameters())
+
+
+@contextmanager
+def own_names(model: nn.Module) -> Iterator[None]:
+    """Take the wrappers of FSDP's activation checkpointing out of the way while names of weights are read: peft looks
+    for them under the names that the model had, finds none and writes an adapter without weights (peft 0.21).
+
+    Args:
+        model: Must not be run inside.
+    """
+    wrappers = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, CheckpointWrapper)
+    ]
+    for parent, name, child in wrappers:
+        parent._modules[name] = child._checkpoint_wrapped_module
+    try:
+        yield
+    finally:
+        for parent, name, child in wrappers:
+            parent._modules[name] = child
 
 
 @contextmanager

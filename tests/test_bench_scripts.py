@@ -200,3 +200,39 @@ def test_an_evenly_spread_tail(scripts_on_path: None) -> None:
 
     rows = TopKRows(torch.tensor([[3, 1]]), torch.tensor([[0.5, 0.2]]).log(), 5, tail=torch.tensor([0.3]).log())
     torch.testing.assert_close(decode_rows(rows).exp(), torch.tensor([[0.1, 0.2, 0.1, 0.5, 0.1]]))
+
+
+def test_packing_prints_both_cases(tmp_path: Path) -> None:
+    """Damage: padding counts as speed, or the verdict is given on texts of one length."""
+    make_model().save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    for name, repeats in (("varied", (1, 2, 3, 9)), ("alike", (2, 2, 2, 2))):
+        texts = ["the quick brown fox jumps over a lazy dog " * count for count in repeats]
+        (tmp_path / name).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        files = ("--model", f"{tmp_path}/model", "--texts", f"{tmp_path}/{name}", "--json", f"{tmp_path}/p")
+        printed = run("bench_packing.py", *files, "--batch", "4", "--batches", "2")
+        report = json.loads((tmp_path / "p").read_text())
+        assert printed.count("wanted at least 1.5") == (2 if name == "varied" else 0)
+        assert report["texts"]["padding"] == pytest.approx(1 - 15 / 36 if name == "varied" else 0, abs=0.02)
+        for case in ("alone", "teacher"):
+            assert report[case]["loss_gap"] < 1e-5 and report[case]["gradient_gap"] < 1e-4
+            assert len(report[case]["speed"]["padding-free"]) == 2
+
+
+def test_packing_refuses_to_time_other_gradients(
+    scripts_on_path: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Damage: a fast run that mixes the texts wins the comparison."""
+    import bench_packing as bench
+
+    import hfkd.packing as packing
+
+    view = bench._padded([list(range(3, 3 + count)) for count in (4, 9, 20)], 1.0)
+    learner = bench.Learner(make_model(), make_model(seed=1), "forward_kl", str(tmp_path))
+    assert max(learner.compare(view)) < 1e-5
+    attend = packing._one_by_one
+    monkeypatch.setattr(
+        packing, "_one_by_one", lambda q, k, v, lengths, *rest, **more: attend(q, k, v, [sum(lengths)], *rest, **more)
+    )
+    with pytest.raises(SystemExit, match="of the gradients"):
+        learner.compare(view)

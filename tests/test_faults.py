@@ -209,7 +209,7 @@ class BreaksAt(Divergence):
         if not self.call <= self.calls < self.call + self.times:
             return value
         if self.what == "value":
-            return value * math.inf
+            return value + math.inf  # its gradient is as before
         value.register_hook(lambda gradient: gradient * math.nan)
         return value
 

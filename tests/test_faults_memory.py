@@ -59,6 +59,7 @@ def test_memory_after_500_steps_is_that_after_100(tmp_path, case):
     trainer.train()
     (early, early_bytes, early_resident), (late, late_bytes, late_resident) = measure.found[EARLY], measure.found[LATE]
     assert early.total() > 20
-    assert late.total() <= early.total() + 4, f"more tensors: {(late - early).most_common(5)}"
+    # A batch of six tensors more or less is at hand where texts were written; one more a step would be 400.
+    assert late.total() <= early.total() + 20, f"more tensors: {(late - early).most_common(5)}"
     assert late_bytes <= early_bytes * 1.05
     assert late_resident - early_resident < 20e6, f"{(late_resident - early_resident) / 1e6:.1f} MB more"

@@ -165,7 +165,7 @@ def test_a_used_folder_is_refused_before_a_model_is_loaded(
     refuse_models(monkeypatch)
     with pytest.raises(OutputFolderError, match="out holds another run; choose another training.output_dir"):
         run()
-    differs = r"these keys differ: training.learning_rate \(was 0.0.*, is 1"
+    differs = r"these keys differ: evaluation \(was null, is .*, training.learning_rate \(was 0.01, is 1\)"
     with pytest.raises(OutputFolderError, match=differs if kind == "recipes" else "no run.json"):
         run("training.run_policy=resume", "training.learning_rate=1")
 

@@ -6,7 +6,6 @@ import ast
 import json
 import os
 import pickle
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,10 +18,12 @@ from conftest import make_model, make_tokenizer
 from safetensors.torch import load_file
 from training import ROWS, make_trainer
 from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
 
 from hfkd import CrossTokenizerTeacher, DistillationConfig, DistillationTrainer, LocalTeacher
 from hfkd.cache import make_codec
 from hfkd.checkpoint import MANIFEST, publish
+from hfkd.cli.main import app
 from hfkd.loading import load_adapter, load_causal_lm
 from hfkd.recipe import RecipeError, load_recipe
 from hfkd.recipe.own_code import code_lines, own_code
@@ -114,7 +115,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     }
     Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
     yield tmp_path
-    for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
+    for name in [name for name in sys.modules if name.startswith(("transformers_modules", "own_"))]:
         del sys.modules[name]
 
 
@@ -235,6 +236,29 @@ def test_pickled_weights_are_refused(desk: Path, load: Callable[[], Any]) -> Non
     with pytest.raises((ValueError, OSError), match="(?i)pickled weights"):
         load()
     assert not marker.exists()
+
+
+def test_a_hub_id_is_read_from_safetensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a repository of the hub holds isn't seen before it is fetched; transformers has to be told."""
+    asked = {}
+
+    def loaded(name: str, **options: Any) -> tuple[Any, dict]:
+        asked.update(options)
+        return make_model(), {}
+
+    monkeypatch.setattr("hfkd.loading.AutoModelForCausalLM.from_pretrained", loaded)
+    load_causal_lm("org/name", use_safetensors=None)
+    assert asked["use_safetensors"] is True and asked["trust_remote_code"] is False
+
+
+@pytest.mark.parametrize("key", ["student", "teacher"])
+@pytest.mark.parametrize("option", ["trust_remote_code: true", "use_safetensors: false"])
+def test_load_kwargs_open_nothing(desk: Path, key: str, option: str) -> None:
+    """A flag in there would hold for the model, pass by what the user is told, and be overlooked by readers."""
+    with pytest.raises(RecipeError, match=f"{key}.load_kwargs: .*{option.partition(':')[0]}"):
+        load_recipe("recipe.yaml", [f"{key}.load_kwargs={{{option}}}"])
+    with pytest.raises(RecipeError, match="data.generation.vllm: trust_remote_code is the student's"):
+        load_recipe("recipe.yaml", ["data.answer=student", "data.generation.vllm={trust_remote_code: true}"])
 
 
 def adapter_config(folder: Path) -> None:
@@ -389,32 +413,26 @@ def write_own(desk: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "cache"])
-def test_code_is_named_before_it_is_imported(desk: Path, command: str) -> None:
+def test_code_is_named_before_it_is_imported(desk: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
     """Code that has run before it is told of is told of too late."""
     overrides, names = [*write_own(desk), "student.trust_remote_code=true"], dict(OWN_NAMES)
     out = ["--out", "cache"] if command == "cache" else []
     if out:
         overrides[0] = "data.token_weights='own_weights:weights'"  # no own teacher can be cached
         names.pop("teacher.kind")
-    done = subprocess.run(
-        [sys.executable, "-c", "from hfkd.cli.main import app; app()", command, "recipe.yaml", *overrides, *out],
-        env={**os.environ, "PYTHONPATH": f"{desk}:{ROOT}", "HF_HUB_OFFLINE": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    told = done.stdout.index("This recipe imports code of its own: ")
-    first = done.stdout.index("imported own_")
-    assert told < first, done.stdout
-    line = done.stdout[told:].splitlines()[0]
+    monkeypatch.syspath_prepend(str(desk))
+    monkeypatch.setattr(sys, "argv", ["hfkd", command])
+    done = CliRunner().invoke(app, [command, "recipe.yaml", *overrides, *out])
+    told = done.output.index("This recipe imports code of its own: ")
+    first = done.output.index("imported own_")
+    assert told < first, done.output
+    line = done.output[told:].splitlines()[0]
     assert all(f"{name} ({key})" in line for key, name in names.items()), line
-    imported = {word.split()[1] for word in done.stdout.splitlines() if word.startswith("imported own_")}
+    imported = {word.split()[1] for word in done.output.splitlines() if word.startswith("imported own_")}
     unused = {"own_teacher", "own_weights"} if command == "evaluate" else set()
-    assert imported == {name.partition(":")[0] for name in names.values()} - unused, done.stdout
-    assert done.returncode == 0, done.stdout
-    assert "This recipe lets the code of model repositories run: student (student.trust_remote_code)" in done.stdout
+    assert imported == {name.partition(":")[0] for name in names.values()} - unused, done.output
+    assert done.exit_code == 0, done.output
+    assert "This recipe lets the code of model repositories run: student (student.trust_remote_code)" in done.output
 
 
 def test_a_recipe_of_plain_values_says_nothing(desk: Path) -> None:

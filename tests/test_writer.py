@@ -441,7 +441,7 @@ def test_a_buffer_is_what_it_was_after_a_resume(tmp_path):
     assert small.draw(4, 0, 0) and {text.route for text in small.draw(4, 0, 0)} == {0, 1}, "the newest stay"
     other.load_state_dict(load_file(tmp_path / "empty.safetensors"))
     assert len(fresh) == 0 and fresh.steps == 0 and fresh.draw(3, 0, 0) == []
-    assert writer().state_dict() == {}
+    assert {name.split(".")[0] for name in writer().state_dict()} == {"watch"}
 
 
 @pytest.mark.parametrize(

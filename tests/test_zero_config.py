@@ -12,6 +12,8 @@ from accelerate.utils import DistributedType
 from conftest import make_model
 from torch import nn
 
+from hfkd import Objective
+from hfkd.compatibility import check_sharding
 from hfkd.rows import Head
 from hfkd.zero import has_engine, inference_config, row_count, shard_for_inference, whole, zero_stage
 
@@ -143,3 +145,13 @@ def test_what_drives_the_run() -> None:
     assert not has_engine(model)
     model.ds_id = 0
     assert has_engine(model)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_losses_with_parameters_are_refused(stage: int) -> None:
+    """DeepSpeed's engine knows the student's parameters only, and stops at others with a bare KeyError."""
+    learning = Objective("forward_kl")
+    learning.register_parameter("factor", nn.Parameter(torch.ones(())))
+    with pytest.raises(ValueError, match=rf"parameters of their own.*ZeRO-{stage}"):
+        check_sharding(accelerator(stage), make_model(), learning, None)
+    check_sharding(accelerator(stage), make_model(), Objective("forward_kl"), None)

@@ -29,8 +29,6 @@ from hfkd.teachers import EmaTeacher
 
 SAVED = [(student, kind) for student in ("full", "lora") for kind in ("FULL_STATE_DICT", "SHARDED_STATE_DICT")]
 SAVING = {"save_strategy": "steps", "save_steps": 3, "optim": "adamw_torch", "learning_rate": 1e-3}
-# The configuration file for FSDP2 checkpoints activations, whose wrappers stand in the names of the weights.
-CONFIG = {"full": {}, "lora": {"activation_checkpointing": True}}
 WRITING = {"learning_rate": 0.1, "max_steps": 3, "answer": {"student": 0.7, "teacher": 0.3}}
 
 
@@ -38,6 +36,12 @@ def sharded(**config: Any) -> dict[str, Any]:
     """Training arguments that ask for FSDP2 with more settings."""
     forget_choice()
     return {**SHARDED, "fsdp_config": {**SHARDED["fsdp_config"], **config}}
+
+
+def saving(student: str, kind: str) -> dict[str, Any]:
+    """The settings of a saved run; one of them with the wrappers of activation checkpointing in its weights' names."""
+    wrapped = {"activation_checkpointing": True} if (student, kind) == ("lora", "FULL_STATE_DICT") else {}
+    return {**SAVING, **sharded(state_dict_type=kind, **wrapped)}
 
 
 def ask(trainer: Any) -> dict[str, Any]:
@@ -74,8 +78,7 @@ def straight(folder: Path) -> dict[str, Any]:
             f"{student} local 1",
             folder / f"{student}-{kind}",
             2,
-            **sharded(state_dict_type=kind, **CONFIG[student]),
-            **SAVING,
+            **saving(student, kind),
         )
         name = f"{student} {kind}"
         results[name] = train_case(trainer)
@@ -92,9 +95,7 @@ def resumed(folder: Path) -> dict[str, Any]:
     results = {}
     for student, kind in SAVED:
         home = folder / f"{student}-{kind}"
-        trainer = make_case(
-            f"{student} local 1", home, 2, **sharded(state_dict_type=kind, **CONFIG[student]), **SAVING
-        )
+        trainer = make_case(f"{student} local 1", home, 2, **saving(student, kind))
         trainer.train(resume_from_checkpoint=str(home / "run" / "checkpoint-3"))
         results[f"{student} {kind}"] = {"after": whole_weights(trainer.model), "losses": losses(trainer)}
     return results
@@ -122,6 +123,8 @@ def refused(folder: Path) -> dict[str, str]:
         "moving": {"teacher": EmaTeacher(0.9)},
         "projections": {"teacher": LocalTeacher(make_model(seed=1, hidden_size=48)), "objective": STATES},
         "norms": {"log_gradient_norms": True},
+        "shards": sharded(activation_checkpointing=True, state_dict_type="SHARDED_STATE_DICT"),
+        "empty": sharded(cpu_ram_efficient_loading=True),
     }
     said = {}
     for name, changes in cases.items():

@@ -102,7 +102,13 @@ def test_half_precision_is_near(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("part", "words"),
-    [("moving", "EmaTeacher swaps"), ("projections", "'hidden_mse'"), ("norms", "log_gradient_norms")],
+    [
+        ("moving", "EmaTeacher swaps"),
+        ("projections", "'hidden_mse'"),
+        ("norms", "log_gradient_norms"),
+        ("shards", "fsdp_state_dict_type: FULL_STATE_DICT"),
+        ("empty", "fsdp_cpu_ram_efficient_loading"),
+    ],
 )
 def test_what_cannot_work_in_shards_is_refused(folder: Path, part: str, words: str) -> None:
     """A part that reads or changes whole weights would fail deep inside the first step, or go wrong without a word."""
