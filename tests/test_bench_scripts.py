@@ -210,7 +210,7 @@ def test_packing_prints_both_cases(tmp_path: Path) -> None:
         texts = ["the quick brown fox jumps over a lazy dog " * count for count in repeats]
         (tmp_path / name).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         files = ("--model", f"{tmp_path}/model", "--texts", f"{tmp_path}/{name}", "--json", f"{tmp_path}/p")
-        printed = run("bench_packing.py", *files, "--batch", "4", "--batches", "2")
+        printed = run("bench_packing.py", *files, "--cases", "alone", "teacher", "--batch", "4", "--batches", "2")
         report = json.loads((tmp_path / "p").read_text())
         assert printed.count("wanted at least 1.5") == (2 if name == "varied" else 0)
         assert report["texts"]["padding"] == pytest.approx(1 - 15 / 36 if name == "varied" else 0, abs=0.02)

@@ -46,9 +46,11 @@ def together(folder: Path) -> Callable[[str], list[dict[str, Any]]]:
 
     def results(strategy: str) -> list[dict[str, Any]]:
         if strategy not in known:
-            launch(SCRIPT, folder, strategy, timeout=400)
+            known[strategy] = []  # where the launch fails, it isn't launched anew for every case
+            launch(SCRIPT, folder, strategy, timeout=240)
             files = [folder / f"{strategy}-{process}.pt" for process in range(2)]
             known[strategy] = [torch.load(file, weights_only=True) for file in files]
+        assert known[strategy], "the launch has failed, see the first of these tests"
         return known[strategy]
 
     return results
