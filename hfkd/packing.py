@@ -240,6 +240,7 @@ def _has_kernel(query: Tensor, value: Tensor, dropout: float) -> bool:
         and query.dtype in (torch.float16, torch.bfloat16)
         and query.shape[-1] == value.shape[-1] <= 256
         and not dropout
+        and {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys()  # older ones lack them
     )
 
 

@@ -150,8 +150,11 @@ def test_a_forked_child_ends_when_it_is_told_to(tmp_path):
     codes = []
 
     def fork():
-        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        context = multiprocessing.get_context("fork")
+        running = context.Event()
+        child = context.Process(target=lambda: (running.set(), time.sleep(60)))
         child.start()
+        assert running.wait(20)  # Python forgets a signal that comes while it forks
         child.terminate()
         child.join(20)
         codes.append(child.exitcode)
