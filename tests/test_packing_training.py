@@ -1,4 +1,4 @@
-"""Whole runs without padding: losses and updates are those of the padded run, whoever teaches and whatever is learned."""
+"""Whole runs without padding: losses and updates are those of the padded run, whoever teaches, whatever is learned."""
 
 from __future__ import annotations
 
