@@ -286,3 +286,9 @@ def test_lengths_are_measured():
     assert len(too_long(Path("one.py"), text)) == 1
     assert len(too_long(Path("two.py"), "x = 1\n" * (MAX_FILE_LINES + 1))) == 1
     assert not too_long(Path("three.py"), text.replace("    x = 1\n", "", 1))
+
+
+def test_no_two_test_files_share_a_name():
+    """pytest puts their folders on one path: the second of a name is never imported, and its tests read the first."""
+    names = [path.name for path in (ROOT / "tests").rglob("*.py") if path.name not in ("conftest.py", "__init__.py")]
+    assert sorted(names) == sorted(set(names))

@@ -10,7 +10,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from accelerate import PartialState
-from battery import CASES, make_case, share_here, train_case
+from path_battery import CASES, make_case, share_here, train_case
 from launching import SHARDED, forget_choice, shard_on_cpu
 
 

@@ -10,7 +10,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from accelerate import PartialState
-from battery import share_here
+from path_battery import share_here
 from launching import shard_on_cpu
 
 import hfkd.run.conduct

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from battery import make_case, train_case, updates, worst_gap
+from path_battery import make_case, train_case, updates, worst_gap
 from conftest import make_model
 from launching import launch
 from peft import PeftModel

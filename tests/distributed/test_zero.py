@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from battery import make_case, train_case, updates, worst_gap
+from path_battery import make_case, train_case, updates, worst_gap
 from caches import build
 from launching import launch
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from battery import CASES, STEPS, make_case, train_case, updates, worst_gap
+from path_battery import CASES, STEPS, make_case, train_case, updates, worst_gap
 from caches import build
 from launching import launch
 
