@@ -10,8 +10,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from accelerate import PartialState
-from path_battery import CASES, make_case, share_here, train_case
 from launching import SHARDED, forget_choice, shard_on_cpu
+from path_battery import CASES, make_case, share_here, train_case
 
 
 def main(folder: Path, strategy: str, cases: list[str]) -> None:

@@ -10,8 +10,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from accelerate import PartialState
-from path_battery import share_here
 from launching import shard_on_cpu
+from path_battery import share_here
 
 import hfkd.run.conduct
 from hfkd.recipe import load_recipe

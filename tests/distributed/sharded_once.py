@@ -14,9 +14,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from accelerate import PartialState
-from path_battery import losses, make_case, train_case, whole_weights
 from conftest import make_model, make_tokenizer
 from launching import SHARDED, forget_choice, shard_on_cpu
+from path_battery import losses, make_case, train_case, whole_weights
 from test_trainer_terms import STATES
 from training import DEMONSTRATIONS, ROWS, make_trainer
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from path_battery import CASES, STEPS, make_case, train_case, updates, worst_gap
 from caches import build
 from launching import launch
+from path_battery import CASES, STEPS, make_case, train_case, updates, worst_gap
 
 from hfkd.cache import Hidden
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from path_battery import make_case, train_case, updates, worst_gap
 from conftest import make_model
 from launching import launch
+from path_battery import make_case, train_case, updates, worst_gap
 from peft import PeftModel
 from sharded_once import SAVED, SAVING, WRITING, ask, write_alone
 from transformers import AutoModelForCausalLM

@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from path_battery import losses, make_case, whole_weights
 from launching import forget_choice
+from path_battery import losses, make_case, whole_weights
 
 from hfkd.sharding import Placement
 
