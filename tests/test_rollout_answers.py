@@ -11,11 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from hfkd.rollout import Completion, GenerationSettings, HFRollout, Rollout, answers, teacher_answers
 from hfkd.rollout.answers import AnswerFile, prompt_hash
 
 FINGERPRINT = {"model": "tiny", "revision": "abc"}
+
+
+TEACHER = nn.Identity()
 
 
 class Echo(Rollout):
@@ -32,7 +36,7 @@ class Echo(Rollout):
 
     def stream(self, model, prompts, description=None):
         """The last prompt first, as a rollout that sorts would."""
-        assert model == "the teacher"
+        assert model is TEACHER
         for index in reversed(range(len(prompts))):
             if self.dies_after is not None and len(self.asked) == self.dies_after:
                 raise KeyboardInterrupt
@@ -43,7 +47,7 @@ class Echo(Rollout):
 @contextmanager
 def model_context():
     """Hands out the model."""
-    yield "the teacher"
+    yield TEACHER
 
 
 def run(path: Path, prompts, rollout=None, fingerprint=FINGERPRINT):
@@ -262,6 +266,17 @@ def test_only_the_first_process_generates(tmp_path, monkeypatch):
     path, rollouts = tmp_path / "answers.jsonl", [Echo(), Echo()]
     assert run_both(path, rollouts) == [EXPECTED, EXPECTED]
     assert rollouts[1].asked == []
+
+
+def test_a_model_in_shards_is_run_by_all(tmp_path, monkeypatch):
+    """A process that only waited would leave the first one in a gathering of weights that never ends."""
+    monkeypatch.setattr(answers, "PartialState", OneOf)
+    monkeypatch.setattr(answers, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(answers, "is_sharded", lambda model: model is TEACHER)
+    path, rollouts = tmp_path / "answers.jsonl", [Echo(), Echo()]
+    assert run_both(path, rollouts) == [EXPECTED, EXPECTED]
+    assert rollouts[1].asked == rollouts[0].asked != []
+    assert len(path.read_text("utf-8").split("\n")) == len(rollouts[0].asked) + 2, "written once, behind the header"
 
 
 def test_a_failure_reaches_the_other_processes(tmp_path, monkeypatch):
