@@ -6,13 +6,15 @@ Nothing here computes; it passes on what Trainer says.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import Any
 
+from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from hfkd.data.views import DistillationDataset
-from hfkd.distributed import average_gradients
 from hfkd.sharding import Placement
+from hfkd.teachers import SeveralTeachers
 
 logger = logging.getLogger(__name__)
 
@@ -34,23 +36,33 @@ class Steps(TrainerCallback):
         own_text = writer is not None and bool(writer.mixture.shares.get("student"))
         self.trainer.objective.check_schedules(state.max_steps, own_text)
         self.trainer.objective.set_step(state.global_step, state.max_steps)
-        if args.world_size > 1:
-            self._log_placements()
+        self._log_placements(several=args.world_size > 1)
 
-    def _log_placements(self) -> None:
-        """What this process really holds of both models, now that the student is wrapped."""
-        models = {"student": self.trainer.model, "teacher": getattr(self.trainer.teacher, "own_model", None)}
+    def _log_placements(self, several: bool) -> None:
+        """What this process really holds of each model, now that the student is wrapped; of whole ones only where
+        there are several processes.
+        """
+        placements = {name: Placement.of(model) for name, model in self._models()}
+        if not several and all(placement.kind == "whole" for placement in placements.values()):
+            return
         figures: dict[str, float] = {}
-        for name, model in models.items():
-            if model is not None:
-                placement = Placement.of(model)
-                logger.info("The %s on this process: %s", name, placement)
-                figures |= {
-                    f"placement/{name}_shards": placement.shards,
-                    f"placement/{name}_megabytes": placement.bytes_here / 1e6,
-                    f"placement/{name}_megabytes_whole": placement.bytes_whole / 1e6,
-                }
+        for name, placement in placements.items():
+            logger.info("The %s on this process: %s", name, placement)
+            figures |= {
+                f"placement/{name}_shards": placement.shards,
+                f"placement/{name}_megabytes": placement.bytes_here / 1e6,
+                f"placement/{name}_megabytes_whole": placement.bytes_whole / 1e6,
+            }
         self.trainer.log(figures)
+
+    def _models(self) -> Iterator[tuple[str, nn.Module]]:
+        """The student, and what teachers hold besides its weights."""
+        yield "student", self.trainer.model
+        teacher = self.trainer.teacher
+        members = teacher.teachers if isinstance(teacher, SeveralTeachers) else {"": teacher}
+        for name, member in members.items():
+            if (model := getattr(member, "own_model", None)) is not None:
+                yield f"teacher_{name}".removesuffix("_"), model
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Let the student's demonstrations be drawn anew."""
@@ -68,9 +80,9 @@ class Steps(TrainerCallback):
         if self.trainer.teacher is not None:
             self.trainer.teacher.after_epoch(self._told)
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Bring the losses' gradients together."""
-        average_gradients(self.trainer.objective.parameters())
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A signal needs no second checkpoint of the same step."""
+        self.trainer.preemption.saved_at = state.global_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The student changed, and the next step has its own weights and temperatures."""

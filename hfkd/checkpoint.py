@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ def load_companions(folder: str, objective: nn.Module, teacher: Teacher | None, 
     """Take back what `save_companions` wrote.
 
     Raises:
-        FileNotFoundError: Something here has a state, but the checkpoint holds none: it was made with other parts, or
+        CheckpointError: Something here has a state, but the checkpoint holds none: it was made with other parts, or
             on another number of processes, or keeps the model only.
     """
     for name, owner in _owners(objective, teacher, writer):
@@ -92,10 +93,9 @@ def load_companions(folder: str, objective: nn.Module, teacher: Teacher | None, 
                 continue  # only counts for warnings, which begin anew
             processes = PartialState().num_processes
             texts = f", on the number of processes that it was made with (here {processes})" if owner is writer else ""
-            raise FileNotFoundError(
+            raise CheckpointError(
                 f"{folder} has no {name}, but {type(owner).__name__} has a state to restore. Resume with the "
-                f"objective, the teacher and the buffer that the checkpoint was made with{texts}, or start anew (a "
-                "checkpoint of save_only_model keeps none of them)."
+                f"objective, the teacher and the buffer that the checkpoint was made with{texts}, or start anew."
             )
         owner.load_state_dict(load_file(file))
 
@@ -116,7 +116,7 @@ def publish(draft: Path, final: Path, about: Mapping[str, Any]) -> None:
 
     Args:
         draft: The folder that it was written into, on the same file system, with all its files.
-        final: Its place. What lies there is of an earlier attempt and makes way.
+        final: Its place. What lies there is of an earlier attempt, and is removed when the new one is in its place.
         about: What else the manifest says.
 
     Raises:
@@ -127,25 +127,24 @@ def publish(draft: Path, final: Path, about: Mapping[str, Any]) -> None:
         if path.is_file():
             files[path.relative_to(draft).as_posix()] = {"size": path.stat().st_size, "xxh3_128": _digest(path)}
             _to_disk(path)
-    manifest = {"format": FORMAT, "hfkd": __version__, **about, "files": files}
+    manifest = {"format": FORMAT, "hfkd": __version__, "written": time.time(), **about, "files": files}
+    manifest["xxh3_128"] = _digest_of(manifest)
     (draft / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     _to_disk(draft / MANIFEST)
     for folder in [*(path for path in draft.rglob("*") if path.is_dir()), draft]:
         _to_disk(folder)
-    if final.exists():
-        discard(final)
+    away = _put_away(final) if final.exists() else None
     os.replace(draft, final)
     _to_disk(final.parent)
+    if away is not None:
+        shutil.rmtree(away, ignore_errors=True)
     with suppress(OSError):
         draft.parent.rmdir()
 
 
 def discard(checkpoint: Path) -> None:
     """Remove a checkpoint so that no half of it is ever taken for a whole one: away with it first, then its files."""
-    away = checkpoint.parent / UNFINISHED / f"old-{checkpoint.name}"
-    away.parent.mkdir(exist_ok=True)
-    shutil.rmtree(away, ignore_errors=True)
-    os.replace(checkpoint, away)
+    away = _put_away(checkpoint)
     shutil.rmtree(away, ignore_errors=True)
     with suppress(OSError):
         away.parent.rmdir()  # unless something else is under way in it
@@ -170,14 +169,29 @@ def rotate(folder: Path, limit: int | None, newest: Path, best: str | None) -> N
         discard(path)
 
 
+def _put_away(checkpoint: Path) -> Path:
+    away = checkpoint.parent / UNFINISHED / f"old-{checkpoint.name}"
+    away.parent.mkdir(exist_ok=True)
+    shutil.rmtree(away, ignore_errors=True)
+    os.replace(checkpoint, away)
+    return away
+
+
 def clear_unfinished(folder: Path) -> list[str]:
-    """Remove what a run that was killed left half-written or half-removed; returns the names."""
-    unfinished = folder / UNFINISHED
-    if not unfinished.is_dir():
-        return []
-    names = sorted(path.name for path in unfinished.iterdir())
+    """Remove what a run that was killed left half-written or half-removed, and move to its place what only that was
+    missing of; returns what was done with each, by name.
+    """
+    unfinished, done = folder / UNFINISHED, []
+    with suppress(FileNotFoundError):  # there is none, or another process was faster
+        for draft in sorted(unfinished.iterdir()):
+            final = folder / draft.name
+            if draft.name.startswith("checkpoint-") and not final.exists() and inspect(draft).kind == "whole":
+                os.replace(draft, final)
+                done.append(f"{draft.name} (whole, moved to its place)")
+            else:
+                done.append(f"{draft.name} (removed)")
     shutil.rmtree(unfinished, ignore_errors=True)
-    return names
+    return done
 
 
 # --- finding one
@@ -192,28 +206,55 @@ def inspect(checkpoint: Path, digests: bool = True) -> Finding:
     """
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-        version, files = manifest["format"], dict(manifest["files"])
+        version = int(manifest["format"])
+        if version > FORMAT:
+            made_by = f"hfkd {manifest.get('hfkd', 'of a newer version')}"
+            return Finding("newer", f"it was written by {made_by} in format {version}; this one reads up to {FORMAT}")
+        files = {name: (int(wanted["size"]), str(wanted["xxh3_128"])) for name, wanted in manifest["files"].items()}
     except FileNotFoundError:
         return _without_manifest(checkpoint)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         return Finding("damaged", f"its {MANIFEST} can't be read ({type(error).__name__})")
-    if version > FORMAT:
-        made_by = f"hfkd {manifest.get('hfkd', 'of a newer version')}"
-        return Finding("newer", f"it was written by {made_by} in format {version}; this one reads up to {FORMAT}")
-    for name, wanted in files.items():
+    if manifest.get("xxh3_128") != _digest_of(manifest):
+        return Finding("damaged", f"its {MANIFEST} says other things than were written")
+    for name, (size, digest) in files.items():
         path = checkpoint / name
         if not path.is_file():
             return Finding("damaged", f"{name} is missing")
-        if path.stat().st_size != wanted["size"]:
-            return Finding("damaged", f"{name} has {path.stat().st_size} bytes instead of {wanted['size']}")
-        if digests and _digest(path) != wanted["xxh3_128"]:
+        if path.stat().st_size != size:
+            return Finding("damaged", f"{name} has {path.stat().st_size} bytes instead of {size}")
+        if digests and _digest(path) != digest:
             return Finding("damaged", f"{name} holds other bytes than were written")
     return Finding("whole", manifest=manifest)
 
 
+def has_optimizer(checkpoint: Path) -> bool:
+    """Whether it holds more than the model: a file of Trainer or FSDP, or a folder of FSDP's or DeepSpeed's shards."""
+    return any(checkpoint.glob("optimizer*")) or any(checkpoint.glob("global_step*"))
+
+
+def of_last_course(folder: Path) -> list[Path]:
+    """The checkpoints that lead to the one that was written last, oldest first: without those of another run in the
+    same folder, or of later steps from which a resume went back. Whose manifest can't be read may be any.
+
+    Args:
+        folder: Of the runs.
+    """
+    found, told = checkpoints(folder), {}
+    for path in found:
+        with suppress(OSError, ValueError, LookupError, TypeError):
+            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+            told[path] = (float(manifest["written"]), str(manifest["course"]))
+    leading: list[Path] = []
+    for path in sorted(told, key=told.__getitem__, reverse=True):
+        if not leading or (told[path][1] == told[leading[0]][1] and _step(path) < _step(leading[-1])):
+            leading.append(path)
+    return [path for path in found if path in leading or path not in told]
+
+
 def last_whole(folder: Path) -> Path | None:
     """The newest checkpoint whose files are all there with their sizes, for a message; their bytes aren't read."""
-    found = (path for path in reversed(checkpoints(folder)) if inspect(path, digests=False).kind == "whole")
+    found = (path for path in reversed(of_last_course(folder)) if inspect(path, digests=False).kind == "whole")
     return next(found, None)
 
 
@@ -237,13 +278,12 @@ def check_same_training(checkpoint: Path, made: Mapping[str, Any], now: Mapping[
             "files of one can't be read into the other. Launch as before (the accelerate config), or start a new run "
             "from the weights."
         )
-    if made["data"] != now["data"]:
-        raise CheckpointError(
-            f"The training data aren't those that {checkpoint} was made with ({_in_words(made['data'])}; now "
-            f"{_in_words(now['data'])}), so its place in them means nothing. Bring the rows back as they were, in "
-            "their order, or start a new run from the weights (or pass ignore_data_skip=True to go on at the "
-            "beginning of other data)."
-        )
+    for part in ("objective", "teacher"):
+        if part in made and made[part] != now[part]:
+            raise CheckpointError(
+                f"The {part} isn't the one that {checkpoint} was made with (was {json.dumps(made[part])}, is "
+                f"{json.dumps(now[part])}). Go on with that one, or start a new run from the weights."
+            )
     names = ("processes", "batch", "accumulation")
     before, here = ([entries[name] for name in names] for entries in (made, now))
     if math.prod(before) != math.prod(here):
@@ -252,6 +292,13 @@ def check_same_training(checkpoint: Path, made: Mapping[str, Any], now: Mapping[
             f"{math.prod(here)} ({_product(here)}): its place in the data, its schedules and its learning rate count "
             "steps. Change per_device_train_batch_size or gradient_accumulation_steps so that the product is the "
             "same, or start a new run from the weights."
+        )
+    if made["data"] != now["data"]:
+        raise CheckpointError(
+            f"The training data aren't those that {checkpoint} was made with ({_in_words(made['data'])}; now "
+            f"{_in_words(now['data'])}), so its place in them means nothing. Bring the rows back as they were, in "
+            "their order, or start a new run from the weights (or pass ignore_data_skip=True to go on at the "
+            "beginning of other data)."
         )
     if before == here:
         return None
@@ -278,16 +325,17 @@ def _in_words(data: Mapping[str, Any]) -> str:
 
 
 def _without_manifest(checkpoint: Path) -> Finding:
-    """Those of an older hfkd have none; but then nor have those beside it."""
+    """Those of an older hfkd have none; but then nor have those before it."""
     if not checkpoint.is_dir():
         return Finding("damaged", "there is no such folder")
     try:
         json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return Finding("damaged", f"it has neither a {MANIFEST} nor a {_STATE} that can be read")
-    for other in checkpoints(checkpoint.parent):
+    beside = checkpoints(checkpoint.parent)
+    for other in beside[: beside.index(checkpoint)] if checkpoint in beside else []:
         if (other / MANIFEST).exists():
-            return Finding("damaged", f"it has no {MANIFEST}, which {other.name} beside it has")
+            return Finding("damaged", f"it has no {MANIFEST}, which {other.name} before it has")
     return Finding("unverified", f"it has no {MANIFEST}: it was written by an older hfkd or by Trainer itself")
 
 
@@ -296,6 +344,12 @@ def _without_manifest(checkpoint: Path) -> Finding:
 
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
+
+
+def _digest_of(manifest: Mapping[str, Any]) -> str:
+    """Of all that it says but this."""
+    rest = {key: value for key, value in manifest.items() if key != "xxh3_128"}
+    return xxhash.xxh3_128_hexdigest(json.dumps(rest, sort_keys=True).encode())
 
 
 def _digest(path: Path) -> str:

@@ -21,7 +21,7 @@ from hfkd.objective import Objective
 from hfkd.rollout.base import GenerationSettings
 from hfkd.rollout.on_policy import Mixture
 from hfkd.rows import base_model_of
-from hfkd.sharding import fsdp_version
+from hfkd.sharding import ends_share_behind_a_copy, fsdp_version, is_sharded
 from hfkd.signal import DISTRIBUTION, STATES
 from hfkd.teachers import SeveralTeachers, Teacher
 from hfkd.teachers.moving import ShadowTeacher
@@ -30,19 +30,30 @@ from hfkd.zero import zero_stage
 logger = logging.getLogger(__name__)
 
 
-def check_processes(use_cpu: bool = False) -> None:
-    """Refuse more processes on this machine than it has GPUs, before the first of them fails on one that isn't there.
+def check_processes(use_cpu: bool = False, fsdp: Any = None) -> None:
+    """Refuse more processes on this machine than it has GPUs, before the first of them fails on one that isn't there,
+    and shards on CPUs.
 
     Args:
         use_cpu: Whether the run asks for no GPU.
+        fsdp: What the training arguments say of FSDP; empty where the launcher alone decides.
 
     Raises:
-        ValueError: Says how many there are of both.
+        ValueError: Says how many there are of both, or what to take out.
     """
     wanted = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if use_cpu or wanted <= 1 or _is_on("ACCELERATE_USE_CPU"):
+    sharded = bool(fsdp) or _is_on("ACCELERATE_USE_FSDP")
+    if use_cpu or _is_on("ACCELERATE_USE_CPU"):
+        if sharded and max(wanted, int(os.environ.get("WORLD_SIZE", "1"))) > 1 and not _shards_on_cpu():
+            raise ValueError(
+                "The run asks for FSDP and for no GPU (use_cpu), and accelerate shards nothing on CPUs: each process "
+                "would train a whole student, beside a teacher in shards. Take use_cpu out, or launch with "
+                "recipes/accelerate/ddp.yaml."
+            )
         return
-    found, sharded = torch.cuda.device_count(), _is_on("ACCELERATE_USE_FSDP")
+    if wanted <= 1:
+        return
+    found = torch.cuda.device_count()
     if 0 < found < wanted or (not torch.accelerator.is_available() and sharded):
         otherwise = " (without one, accelerate would train on the CPU and shard nothing)" if not found else ""
         raise ValueError(
@@ -50,6 +61,11 @@ def check_processes(use_cpu: bool = False) -> None:
             f"num_processes of the accelerate config to {max(found, 1)} (times the machines), or "
             "CUDA_VISIBLE_DEVICES if it hides some."
         )
+
+
+def _shards_on_cpu() -> bool:
+    """Whether accelerate shards models there."""
+    return False
 
 
 def _is_on(name: str) -> bool:
@@ -87,29 +103,32 @@ def check_layers(model: nn.Module, accelerator: Any) -> None:
     )
 
 
-def check_sharding(accelerator: Any, model: nn.Module, objective: Objective, teacher: Teacher | None) -> None:
-    """Refuse what can't work on weights that are spread over the processes.
+def check_sharding(accelerator: Any, model: nn.Module, teacher: Teacher | None) -> None:
+    """Refuse models that can't work on weights that are spread over the processes, before a teacher is loaded.
 
     Args:
         accelerator: The trainer's.
         model: The student, not wrapped yet.
-        objective: Prepared, so that it has the parameters that it will have.
-        teacher: One, or several.
+        teacher: One, or several; needn't be prepared.
 
     Raises:
         ValueError: Names the part, and what to do.
     """
     kind = _sharding(accelerator)
-    if kind is None and zero_stage(accelerator) == 0:
-        return
-    _check_learning_terms(objective, kind or f"DeepSpeed ZeRO-{zero_stage(accelerator)}")
     if kind is None:
         return
     _check_plugin(accelerator, model)
-    if getattr(base_model_of(model), "is_quantized", False):
+    base = base_model_of(model)
+    if getattr(base, "is_quantized", False):
         raise ValueError(
             f"The student is quantised, and quantised weights can't be cut into shards ({kind}). Load it in bfloat16, "
             "or launch with recipes/accelerate/ddp.yaml."
+        )
+    if accelerator.distributed_type == DistributedType.FSDP and ends_share_behind_a_copy(base):
+        raise ValueError(
+            f"An adapter trains a copy of an end of {type(base).__name__} whose own weights are shared by both ends "
+            f"(modules_to_save, tie_word_embeddings), and torch can't cut such weights ({kind}). Take lm_head and "
+            "embed_tokens out of modules_to_save, or launch with recipes/accelerate/ddp.yaml."
         )
     members = teacher.teachers if isinstance(teacher, SeveralTeachers) else {"": teacher}
     for member in members.values():
@@ -121,8 +140,20 @@ def check_sharding(accelerator: Any, model: nn.Module, objective: Objective, tea
             )
 
 
-def _check_learning_terms(objective: Objective, kind: str) -> None:
-    """Refuse parameters of losses, which neither FSDP nor DeepSpeed's engine knows."""
+def check_learning_terms(accelerator: Any, objective: Objective) -> None:
+    """Refuse parameters of losses where neither FSDP nor DeepSpeed's engine would know them.
+
+    Args:
+        accelerator: The trainer's.
+        objective: Prepared, so that it has the parameters that it will have.
+
+    Raises:
+        ValueError: Names the terms.
+    """
+    stage = zero_stage(accelerator)
+    kind = _sharding(accelerator) or (f"DeepSpeed ZeRO-{stage}" if stage else None)
+    if kind is None:
+        return
     learning = [term.name for term in objective.terms if any(one.requires_grad for one in term.loss.parameters())]
     learning = learning or [name for name, one in objective.named_parameters() if one.requires_grad]
     if learning:
@@ -130,6 +161,24 @@ def _check_learning_terms(objective: Objective, kind: str) -> None:
             f"The terms {learning} hold parameters of their own (projections, networks), which Accelerate can't "
             f"optimise beside a sharded student ({kind}). Launch with recipes/accelerate/ddp.yaml, or take terms "
             "without parameters."
+        )
+
+
+def check_wrapped(accelerator: Any, model: nn.Module) -> None:
+    """Refuse an evaluation of a student that FSDP2 hasn't cut yet, which accelerate does with its optimizer only.
+
+    Args:
+        accelerator: The trainer's.
+        model: The student.
+
+    Raises:
+        ValueError: Says when it can be evaluated.
+    """
+    if getattr(accelerator, "is_fsdp2", False) and not is_sharded(model):
+        raise ValueError(
+            "The student isn't in shards yet: under FSDP2 accelerate cuts it when training begins, together with its "
+            "optimizer, and evaluates nothing before. Set eval_on_start=True for an evaluation before the first step, "
+            "call evaluate() after train(), or launch it without FSDP."
         )
 
 

@@ -58,10 +58,14 @@ class DistillationConfig(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
     report_to: None | str | list[str] = field(default="none", metadata={"help": "Trackers."})
+    # A run that goes on must not forget how long early stopping has been patient.
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True, metadata={"help": "Whether callbacks that keep a state get it back on resume."}
+    )
 
     def __post_init__(self) -> None:
         """Check what can't work."""
-        check_processes(self.use_cpu)  # before torch fails on a device that isn't there
+        check_processes(self.use_cpu, self.fsdp)  # before torch fails on a device that isn't there
         super().__post_init__()
         loading = self.model_init_kwargs if isinstance(self.model_init_kwargs, dict) else {}
         self._refuse(

@@ -36,15 +36,15 @@ class NonFiniteGradient(RuntimeError):
 
 
 class Preempted(SystemExit):
-    """Training was ended by a signal, after a checkpoint was saved. Where nothing catches it, the process ends with
-    exit code 75 ("try again later").
+    """Training was ended by a signal, after a checkpoint was saved; or a recipe was, outside of training. Where nothing
+    catches it, the process ends with exit code 75 ("try again later").
 
     Args:
         message: What a user should read.
-        checkpoint: The folder that was saved.
+        checkpoint: The folder that was saved; None outside of training.
     """
 
-    def __init__(self, message: str, checkpoint: Path) -> None:
+    def __init__(self, message: str, checkpoint: Path | None) -> None:
         super().__init__(message)
         self.code = 75
         self.checkpoint = checkpoint

@@ -1,5 +1,6 @@
 """Stops a training whose loss or gradient is no number, before the weights are changed, and keeps what is needed to
-find out why: the batches of the step, and the name of the last checkpoint that is good.
+find out why: the batches of the step, and the name of the last checkpoint that is good. And says what to do about a
+checkpoint that couldn't be written.
 
 A loss that isn't finite turns the gradient into NaN, which the processes share with it: all of them see it when the
 gradient's norm is taken, and all stop in the same step, instead of one that leaves and others that wait for it.
@@ -7,6 +8,7 @@ gradient's norm is taken, and all stop in the same step, instead of one that lea
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -18,7 +20,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -26,14 +28,15 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import Trainer
 
 from hfkd.checkpoint import inspect, last_whole
-from hfkd.distributed import total_over_processes
+from hfkd.distributed import average_gradients, total_over_processes
 from hfkd.errors import NonFiniteGradient, NonFiniteLoss
 from hfkd.objective import LossSum
-from hfkd.record import checkpoints
+from hfkd.record import BATCHES, checkpoints
 
 # Float16's loss scale is halved by each step that is skipped; after so many the gradient itself is broken.
 SKIPPED_IN_A_ROW = 10
 NAMED = 5
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MEASURED_HERE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
 
 
@@ -75,7 +78,8 @@ class StepWatch:
         Args:
             trainer: Whose step it is.
             model: Whose gradients they are.
-            norm: Of the whole gradient; None where it isn't known.
+            norm: Of the student's whole gradient; None where it isn't known. That of what the losses learn is
+                looked at beside it, but isn't clipped.
 
         Raises:
             NonFiniteLoss: The loss of a micro-batch wasn't finite, here or on another process.
@@ -85,6 +89,9 @@ class StepWatch:
         if norm is None or norm is self._checked:
             return
         self._checked = norm if isinstance(norm, Tensor) else None
+        learned = [parameter.grad for parameter in trainer.objective.parameters() if parameter.grad is not None]
+        if math.isfinite(norm) and learned:
+            norm = get_total_norm(learned)
         if math.isfinite(norm):
             self._skipped = 0
             return
@@ -95,18 +102,19 @@ class StepWatch:
             if self._skipped < SKIPPED_IN_A_ROW:
                 return
         step = trainer.state.global_step + 1
-        named = _without_numbers(model)
+        named = [*_without_numbers(model), *(f"objective.{name}" for name in _without_numbers(trainer.objective))]
         if processes:
             error, what = NonFiniteLoss, _words_of_loss([self._sums[place] for place in wrong], step, processes)
         else:
-            error, what = NonFiniteGradient, _words_of_gradient(float(norm), step, named, self._skipped)
+            seen = bool(self._sums)
+            error, what = NonFiniteGradient, _words_of_gradient(float(norm), step, named, self._skipped, seen)
         facts = {"step": step, "what": what, "gradient_norm": float(norm), "parameters": named}
         where = self._save(trainer, facts)
         raise error(f"{what} {where} {last_good(trainer, model)}")
 
     def _save(self, trainer: Trainer, facts: Mapping[str, Any]) -> str:
         process = PartialState().process_index
-        folder = Path(trainer.args.output_dir) / f"nonfinite-step-{facts['step']}" / f"process-{process}"
+        folder = Path(trainer.args.output_dir) / f"{BATCHES}{facts['step']}" / f"process-{process}"
         losses = [
             {"sum": float(one.total), "tokens": int(one.tokens), "terms": {k: float(v) for k, v in one.parts.items()}}
             for one in self._sums
@@ -138,7 +146,7 @@ def check_sum(result: LossSum, step: int) -> None:
 
 def clipped(trainer: Trainer, model: nn.Module, watch: StepWatch, limit: float | None) -> Tensor | None:
     """The norm of the gradient, checked before clipping, which would spread a NaN over all gradients and leave nothing
-    to be named.
+    to be named. The gradients of what the losses learn are brought together before.
 
     Args:
         trainer: Whose step it is.
@@ -153,6 +161,7 @@ def clipped(trainer: Trainer, model: nn.Module, watch: StepWatch, limit: float |
         NonFiniteLoss: See `StepWatch.check`.
         NonFiniteGradient: See `StepWatch.check`.
     """
+    average_gradients(trainer.objective.parameters())  # a NaN of one process is then one of all
     accelerator = trainer.accelerator
     learned = [parameter for parameter in model.parameters() if parameter.grad is not None]
     meshes = {one.grad.device_mesh if isinstance(one.grad, DTensor) else None for one in learned}
@@ -197,15 +206,41 @@ def save_step(folder: Path, batches: Iterable[Mapping[str, Any]], facts: Mapping
         shutil.rmtree(draft, ignore_errors=True)
 
 
+def not_saved(final: Path, error: Exception) -> str:
+    """What to say of a checkpoint that couldn't be written.
+
+    Args:
+        final: Its place.
+        error: What was raised: by the disk, or by a part of the training that couldn't say its state.
+    """
+    left = last_whole(final.parent)
+    before = f"The last checkpoint, {left}, is untouched" if left else "There is no checkpoint before it"
+    # PyTorch's writer and safetensors' have no error of their own for a full disk.
+    full = type(error) in (RuntimeError, SafetensorError) or getattr(error, "errno", None) in _FULL
+    advice = "Make room on the disk (save_total_limit keeps fewer)" if full else "Mend the cause"
+    return (
+        f"{final} couldn't be written: {type(error).__name__}: {error}. {before}; what was written of the new one is "
+        f"removed. {advice} and go on with resume_from_checkpoint=True or --resume."
+    )
+
+
 def last_good(trainer: Trainer, model: nn.Module) -> str:
     """In words, the newest checkpoint that is whole and, where the weights at hand hold NaN or infinities, doesn't.
 
     Args:
         trainer: Whose output folder it is.
-        model: Its weights.
+        model: Its weights. What the losses learned and the teacher's state are looked at too.
     """
     folder = Path(trainer.args.output_dir)
-    broken = [name for name, value in model.named_parameters() if not bool(torch.isfinite(_local(value)).all())]
+    states = {"": dict(model.named_parameters()), "objective.": trainer.objective.state_dict()}
+    if trainer.teacher is not None:
+        states["teacher."] = trainer.teacher.state_dict()
+    broken = [
+        prefix + name
+        for prefix, values in states.items()
+        for name, value in values.items()
+        if not bool(torch.isfinite(_local(value)).all())
+    ]
     found: Path | None = None
     if total_over_processes(len(broken), trainer.args.device) == 0:
         found = last_whole(folder)
@@ -250,7 +285,7 @@ def _words_of_loss(sums: Sequence[LossSum], step: int, processes: Sequence[int])
     return f"The loss of step {step} is {value}{among}; terms that aren't finite: {list(parts) or 'none alone'}."
 
 
-def _words_of_gradient(norm: float, step: int, named: Sequence[str], skipped: int) -> str:
+def _words_of_gradient(norm: float, step: int, named: Sequence[str], skipped: int, seen: bool) -> str:
     more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""
     names = f"{', '.join(named[:NAMED])}{more}" if named else "none on this process"
     if skipped:
@@ -258,8 +293,9 @@ def _words_of_gradient(norm: float, step: int, named: Sequence[str], skipped: in
             f"The gradient of step {step} isn't finite (norm {norm}), nor were those of the {skipped - 1} steps "
             f"before, although float16's loss scale was lowered each time; parameters: {names}. Use bf16."
         )
+    though = ", though the objective's value is" if seen else ""  # an overridden compute_loss may have changed it
     return (
-        f"The gradient of step {step} isn't finite (norm {norm}), though its loss is; parameters: {names}. "
+        f"The gradient of step {step} isn't finite (norm {norm}){though}; parameters: {names}. "
         "The weights weren't changed by it."
     )
 
@@ -288,8 +324,6 @@ def _finite(checkpoint: Path) -> bool:
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
-    from safetensors import SafetensorError
-
     try:
         save_file(tensors, path)
     except SafetensorError as error:  # says what the system said, in words of its own

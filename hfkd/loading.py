@@ -7,6 +7,7 @@ teach.
 
 from __future__ import annotations
 
+import logging
 import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,12 +24,19 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils.hub import get_checkpoint_shard_files
+
+logger = logging.getLogger(__name__)
 
 # What of a model's loading arguments says where its tokenizer and its configuration are found, too.
 _WHERE = (
     *("revision", "trust_remote_code", "code_revision"),
     *("gguf_file", "subfolder", "token", "cache_dir", "local_files_only"),
 )
+_FOUND = ("revision", "subfolder", "token", "cache_dir", "local_files_only")
+KERNEL_OPTIONS = ("use_kernels", "allow_all_kernels", "kernel_config")
+"""Loading arguments that have code of the hub take the place of a model's layers."""
 _CONVERT = (
     "Pickled weights can run code when they are read, so only safetensors are. Convert them where you trust the file: "
     "load it with its own library, and `save_pretrained` it"
@@ -66,6 +74,26 @@ def load_causal_lm(name: str, what: str = "the model", **options: Any) -> PreTra
             "are incomplete, or they are of another architecture"
         )
     return model
+
+
+def fetch(name: str, options: Mapping[str, Any]) -> None:
+    """Download a model's weights without reading them. What can't be found isn't missed here: loading says more.
+
+    Args:
+        name: The model's hub id; of a folder there is nothing to download.
+        options: The arguments that the model is loaded with.
+    """
+    if Path(name).is_dir() or options.get("variant"):
+        return
+    where = {key: value for key, value in _located(options).items() if key in _FOUND}
+    try:
+        if one := options.get("gguf_file"):
+            cached_file(name, one, **where)
+        elif cached_file(name, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False, **where) is None:
+            index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, **where)
+            get_checkpoint_shard_files(name, index, **where)
+    except OSError as error:
+        logger.debug("%s isn't downloaded beforehand: %s", name, error)
 
 
 def load_config_of(name: str, options: Mapping[str, Any] | None = None) -> PreTrainedConfig:
@@ -146,11 +174,17 @@ def _refuse_pickles(folder: Path, what: str) -> None:
 
 
 def _refuse_foreign_kernel(options: Mapping[str, Any], what: str) -> None:
-    """An attention that is named like a repository is code of the hub.
+    """An attention that is named like a repository is code of the hub, and so is what takes the place of layers.
 
     Raises:
         ValueError: Code of repositories isn't trusted.
     """
+    for name in KERNEL_OPTIONS:
+        if options.get(name) and not options["trust_remote_code"]:
+            raise ValueError(
+                f"{what}: {name} lets code of the hub run; set trust_remote_code to true beside it if you trust that "
+                "code and the model's, or leave it out"
+            )
     named = options.get("attn_implementation")
     kernels = [one for one in (named.values() if isinstance(named, Mapping) else [named]) if "/" in str(one)]
     if kernels and not options["trust_remote_code"]:

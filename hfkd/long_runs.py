@@ -5,11 +5,14 @@ It decides when a checkpoint is written, checked and gone on from; how is `hfkd.
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +21,26 @@ import torch
 from accelerate.utils import gather_object
 from torch import nn
 from transformers import Trainer
+from transformers import trainer as module
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from hfkd.checkpoint import (
     Finding,
     check_same_training,
     clear_unfinished,
+    has_optimizer,
     inspect,
-    last_whole,
     load_companions,
+    of_last_course,
     publish,
     rotate,
     save_companions,
 )
 from hfkd.data.views import DistillationDataset
 from hfkd.errors import CheckpointError, CheckpointNotSaved
-from hfkd.faults import StepWatch, clipped
+from hfkd.faults import StepWatch, clipped, not_saved
 from hfkd.masking import shareable_text
-from hfkd.preemption import Preemption
+from hfkd.preemption import Preemption, evaluate_what_is_owed
 from hfkd.record import UNFINISHED, check_writable, checkpoints, rows_fingerprint
 from hfkd.rollout.on_policy import Writer
 from hfkd.sharding import own_names
@@ -52,7 +57,7 @@ class LongRunTrainer(Trainer):
     A subclass sets `objective`, `teacher` and `writer`, whose states are kept beside the student's.
 
     Raises:
-        OSError: Checkpoints are to be written, and the output folder can't be written into.
+        OSError: `save_strategy` isn't "no", and the output folder can't be written into.
     """
 
     objective: nn.Module
@@ -61,22 +66,29 @@ class LongRunTrainer(Trainer):
 
     _drafts: Path | None = None
     """While a checkpoint is written: the folder that stands for the run's."""
+    _gone_on_from: str | None = None
+    _course = ""
+    """One name for a run and what goes on from it, by which its checkpoints are told from those of another."""
+    _apart = False
+    """Whether what this process writes is where the first one doesn't see it."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         settings = kwargs["args"]
-        if settings.should_save:
+        if settings.should_save and settings.save_strategy != "no":
             check_writable(settings.output_dir)
         super().__init__(*args, **kwargs)
         self.preemption, self.watch = Preemption(), StepWatch()
 
     # --- going on
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in `Trainer`; a checkpoint is checked before anything of it is read.
 
         Args:
             resume_from_checkpoint: True for the newest checkpoint of the output folder that is whole; a folder with
-                checkpoints for the newest one in it; or one checkpoint.
+                checkpoints for the newest one in it; or one checkpoint. One of the last step is loaded, and no more
+                steps are made.
+            args: As in `Trainer`.
             kwargs: As in `Trainer`.
 
         Raises:
@@ -85,18 +97,46 @@ class LongRunTrainer(Trainer):
             NonFiniteLoss: Before the weights were changed; the batches of the step are saved.
             NonFiniteGradient: The same.
         """
-        chosen = self._chosen(resume_from_checkpoint) if resume_from_checkpoint else None
-        if self.args.local_process_index == 0 and (names := clear_unfinished(Path(self.args.output_dir))):
-            logger.warning("Removed what a run that was interrupted left unfinished: %s", ", ".join(names))
+        self._course = gather_object([uuid.uuid4().hex])[0]
+        self._look_at_disks()
+        if (self.args.should_save or self._apart) and (done := clear_unfinished(Path(self.args.output_dir))):
+            logger.warning("A run that was interrupted left unfinished: %s", ", ".join(done))
         self.accelerator.wait_for_everyone()
+        chosen = str(self._chosen(resume_from_checkpoint)) if resume_from_checkpoint else None
+        self._gone_on_from = chosen
         with self.preemption:
-            return super().train(resume_from_checkpoint=None if chosen is None else str(chosen), **kwargs)
+            return super().train(chosen, *args, **kwargs)
+
+    def _look_at_disks(self) -> None:
+        """Find out whether all machines write into one folder, and say what it means where they don't."""
+        if self.args.save_on_each_node or sum(gather_object([self.args.local_process_index == 0])) == 1:
+            return
+        mark = Path(self.args.output_dir) / UNFINISHED / f"seen-{self._course}"
+        if self.args.process_index == 0:
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+        self.accelerator.wait_for_everyone()
+        seen = gather_object([mark.exists()])
+        if self.args.process_index == 0:
+            mark.unlink()
+        self._apart = not seen[self.args.process_index]
+        if apart := [place for place, it in enumerate(seen) if not it]:
+            self._warn(
+                f"{self.args.output_dir} isn't one folder for all machines: process 0 doesn't see what processes "
+                f"{apart} write into it, so checkpoints lack it and can't be gone on from. Choose a "
+                "training.output_dir on a disk that all machines share, or set save_on_each_node=True."
+            )
+
+    def _init_training_state(self, max_steps: int, per_epoch: int, epochs: int, *args: Any) -> tuple[int, int]:
+        """As in `Trainer`, which only looks whether it is done after one more step."""
+        found = super()._init_training_state(max_steps, per_epoch, epochs, *args)
+        return (epochs, 0) if self.state.global_step >= max_steps else found
 
     def _chosen(self, wanted: str | bool) -> Path:
         """The checkpoint to go on from, the same one on every process."""
         folder = Path(self.args.output_dir if wanted is True else wanted)
-        found = checkpoints(folder)
-        if wanted is not True and not found:
+        names = gather_object([[path.name for path in of_last_course(folder)]])[0]  # of the first process
+        if wanted is not True and not names:
             finding = self._inspected(folder)
             if finding.kind == "damaged":
                 others = [path for path in checkpoints(folder.parent) if path.resolve() != folder.resolve()]
@@ -106,7 +146,6 @@ class LongRunTrainer(Trainer):
                     + ", or resume_from_checkpoint=True for the newest one that is whole."
                 )
             return self._accepted(folder, finding)
-        names = gather_object([[path.name for path in found]])[0]  # of the first process
         for name in reversed(names):
             finding = self._inspected(folder / name)
             if finding.kind != "damaged":
@@ -121,13 +160,20 @@ class LongRunTrainer(Trainer):
     def _inspected(self, checkpoint: Path) -> Finding:
         """What is wrong with it anywhere: each machine looks at its own disk."""
         here = inspect(checkpoint) if self.args.local_process_index == 0 else None
-        findings = [finding for finding in gather_object([here]) if finding is not None]
+        findings = [(place, one) for place, one in enumerate(gather_object([here])) if one is not None]
         order = ("damaged", "newer", "unverified", "whole")
-        return min(findings, key=lambda finding: order.index(finding.kind))
+        place, finding = min(findings, key=lambda one: order.index(one[1].kind))
+        where = f" (on the machine of process {place})" if len(findings) > 1 else ""
+        return replace(finding, reason=finding.reason + where)
 
     def _accepted(self, checkpoint: Path, finding: Finding) -> Path:
         if finding.kind == "newer":
             raise CheckpointError(f"{checkpoint} can't be read: {finding.reason}. Update hfkd, or start anew.")
+        if not gather_object([has_optimizer(checkpoint)])[0]:
+            raise CheckpointError(
+                f"{checkpoint} holds the model only (save_only_model): going on from it would begin with a new "
+                "optimizer and another learning rate. Give one that holds all, or start a new run from its weights."
+            )
         if finding.kind == "unverified":
             self._warn(f"{checkpoint} can't be verified: {finding.reason}. It is taken as it is.")
             return checkpoint
@@ -136,19 +182,29 @@ class LongRunTrainer(Trainer):
             made = {**made, "data": now["data"]}
         if note := check_same_training(checkpoint, made, now):
             self._warn(note)
+        if not now["data"]:
+            self._warn(
+                "The training data have no length, so how often they were gone through isn't known. The rows that "
+                "were learned are skipped from their beginning: exact in their first pass only."
+            )
+        self._course = made.get("course", self._course)
         return checkpoint
 
     def _about(self) -> dict[str, Any]:
         """What a manifest says of the training that made it."""
         sharding = "fsdp" if self.is_fsdp_enabled else "deepspeed" if self.is_deepspeed_enabled else "none"
-        return {
+        about = {
+            "course": self._course,
             "step": self.state.global_step,
             "processes": self.args.world_size,
             "batch": self.args.train_batch_size,
             "accumulation": self.args.gradient_accumulation_steps,
             "sharding": sharding,
             "data": data_fingerprint(self.train_dataset),
+            "objective": self.objective.describe(),
+            "teacher": None if self.teacher is None else _identity(self.teacher.describe()),
         }
+        return json.loads(json.dumps(about, default=str))
 
     def _warn(self, text: str) -> None:
         if self.args.process_index == 0:
@@ -173,11 +229,11 @@ class LongRunTrainer(Trainer):
             if self.args.should_save:
                 publish(draft, final, self._about())
             self.accelerator.wait_for_everyone()
-            if self.args.local_process_index == 0 and draft.exists():  # a disk of this machine's own
-                publish(draft, final, self._about())
+            if self._apart:
+                shutil.rmtree(self._drafts, ignore_errors=True)
         except Exception as error:
             shutil.rmtree(self._drafts, ignore_errors=True)
-            raise CheckpointNotSaved(_not_saved(final, error)) from error
+            raise CheckpointNotSaved(not_saved(final, error)) from error
         finally:
             self._drafts = None
         if self.args.push_to_hub:
@@ -199,9 +255,15 @@ class LongRunTrainer(Trainer):
         return str(self._drafts) if self._drafts is not None else super()._get_output_dir(trial)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Not before it is in its place."""
-        if self._drafts is None:
+        """Not before it is in its place; and without the pickle of the settings, which `_save` doesn't keep either."""
+        if self._drafts is not None:
+            return
+        module.TRAINING_ARGS_NAME = f"_{TRAINING_ARGS_NAME}"  # uploads leave out names that begin like this
+        try:
             super()._push_from_checkpoint(checkpoint_folder)
+        finally:
+            module.TRAINING_ARGS_NAME = TRAINING_ARGS_NAME
+            (Path(self.args.output_dir) / f"_{TRAINING_ARGS_NAME}").unlink(missing_ok=True)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in `Trainer`; and whole where checkpoints hold shards, of which Trainer makes no model."""
@@ -216,8 +278,6 @@ class LongRunTrainer(Trainer):
         """
         with own_names(self.model):
             super()._save(output_dir, state_dict)
-        if not self.args.should_save:
-            return
         if not self.args.should_save:
             return  # the process that wrote them looks after them
         folder = Path(output_dir or self.args.output_dir)
@@ -246,12 +306,30 @@ class LongRunTrainer(Trainer):
         """As in `Trainer`; where the machine is wanted back, a checkpoint comes before everything else, and the end
         after it.
         """
-        ends = self.preemption.due
-        if ends:
-            self.control.should_log, self.control.should_evaluate, self.control.should_save = True, False, True
+        if self.control.should_training_stop:
+            self.preemption.agree(self.args.device)  # no step follows at whose beginning they would
+        if ends := self.preemption.due:
+            saves = self.preemption.saved_at != self.state.global_step
+            self.control.should_log, self.control.should_evaluate, self.control.should_save = True, False, saves
+        evaluates = self.control.should_evaluate
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
         if ends:
             self.preemption.end(self, trial)
+        if evaluates:  # which may have taken long
+            self.preemption.agree(self.args.device)
+            if self.preemption.due:
+                self._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As in `Trainer`; the evaluation that was due when the checkpoint was written comes first."""
+        evaluate_what_is_owed(self, self._gone_on_from, kwargs.get("trial"), kwargs.get("ignore_keys_for_eval"))
+        if not self.control.should_training_stop:
+            super()._run_epoch(*args, **kwargs)
+
+    def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in `Trainer`; the same, where no epoch is left."""
+        evaluate_what_is_owed(self, self._gone_on_from, trial)
+        return super()._finalize_training(trial, *args, **kwargs)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         norm = clipped(self, model, self.watch, self.args.max_grad_norm)
@@ -308,11 +386,9 @@ def data_fingerprint(dataset: Any) -> dict[str, Any]:
     return fingerprint
 
 
-def _not_saved(final: Path, error: Exception) -> str:
-    left = last_whole(final.parent)
-    before = f"The last checkpoint, {left}, is untouched" if left else "There is no checkpoint before it"
-    return (
-        f"{final} couldn't be written: {type(error).__name__}: {error}. {before}; what was written of the new one is "
-        "removed. Make room on the disk (save_total_limit keeps fewer) and go on with resume_from_checkpoint=True or "
-        "--resume."
-    )
+def _identity(told: Any) -> Any:
+    """What a teacher says of itself without where it lies and how it is run, which may change."""
+    if not isinstance(told, dict):
+        return told
+    beside = ("model", "revision", "dtype", "tokenizer", "cache", "bytes_per_token", "reuse_prefix")
+    return {name: _identity(value) for name, value in told.items() if name not in beside}

@@ -13,7 +13,7 @@ from typing import Any
 
 MASK = "***"
 _SECRET_KEY = re.compile(
-    r"(^|_)(token|secret|passw(or)?d|api_?key|access_?key|private_?key|credentials?)$", re.IGNORECASE
+    r"(^|_)(token|secret|passw(or)?d|(api|access|private|secret)_?key|credentials?|authorization)$", re.IGNORECASE
 )
 _MARKER_KEY = re.compile(r"^(pad|eos|bos|unk|sep|cls|mask|decoder_start|image|stop|additional_special)_token$")
 _SECRET_TEXT = (
@@ -24,10 +24,20 @@ _SECRET_TEXT = (
     ),
     re.compile(r"(?i)(?<=bearer )[\w.~+/=-]{8,}"),
     re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"),
+    re.compile(r"(?<=://)(?!git@)[^/\s:@?#'\"]+(?=@)"),
 )
-_ASSIGNMENT = re.compile(
-    r"(?i)\b((?:[\w.-]*[_.-])?(?:token|secret|passw(?:or)?d|(?:api|access|private)[_-]?key))(\s*=\s*)[^\s,;'\"}\]]+"
+_NAME = r"((?:[\w.-]*[_.-])?(?:token|secret|passw(?:or)?d|(?:api|access|private|secret)[_-]?key))"
+_QUOTED = r"""\\*"[^"\n]*"|'[^'\n]*'|\[[^]\n]*["'][^]\n]*\]"""
+_PLAIN = r"""[^\s,;'"}\]]+"""
+_NOTHING = r"(?!(?:null|none|true|false|~|[\d.]+)\s*(?:[,}\]]|$))"
+# Each with the name, what stands between, and the value.
+_ASSIGNMENTS = (
+    re.compile(rf"(?i)\b{_NAME}(\s*=\s*)(?:{_QUOTED}|{_PLAIN})"),
+    re.compile(rf"""(?i)(?<=["']){_NAME}(\\*["']\s*:\s*)(?:{_QUOTED})"""),
+    re.compile(rf"(?i)(?<!\S)--{_NAME}(\s+)(?!-)\S+"),
+    re.compile(r"""(?i)\b(authorization)(["']?\s*[:=]\s*["']?(?:(?:basic|bearer|digest|token)\s+)?)[^\s,;'"}\]]+"""),
 )
+_IN_BRACES = re.compile(rf"(?i)(?<=[{{,])(?P<space>\s*){_NAME}(\s*:\s*){_NOTHING}(?:{_QUOTED}|{_PLAIN})")
 _OTHER_HOMES = re.compile(r"(?<![\w.])/(?:home|Users)/[^/\s'\"]+|(?<![\w./])/root(?=/|$)")
 _LONG_PATH = re.compile(r"(?<![\w./~])/[^\s'\",;=(){}\[\]/]+(?:/[^\s'\",;=(){}\[\]/]+)+")
 
@@ -35,7 +45,7 @@ _LONG_PATH = re.compile(r"(?<![\w./~])/[^\s'\",;=(){}\[\]/]+(?:/[^\s'\",;=(){}\[
 def mask(value: Any) -> Any:
     """A copy of plain data with secrets masked, home folders as `~` and the working folder left out of paths."""
     if isinstance(value, Mapping):
-        return {mask_text(str(key)): MASK if _is_secret(key, item) else mask(item) for key, item in value.items()}
+        return {mask_text(str(key)): MASK if is_secret(key, item) else mask(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set):
         return [mask(item) for item in value]
     if isinstance(value, os.PathLike):
@@ -43,9 +53,18 @@ def mask(value: Any) -> Any:
     return mask_text(value) if isinstance(value, str) else value
 
 
-def _is_secret(key: Any, item: Any) -> bool:
+def is_secret(key: Any, item: Any) -> bool:
+    """Whether a key says that what stands under it, a text or a collection with texts, is a secret."""
     name = str(key)
-    return isinstance(item, str) and bool(item) and bool(_SECRET_KEY.search(name)) and not _MARKER_KEY.match(name)
+    return bool(_SECRET_KEY.search(name)) and not _MARKER_KEY.match(name) and _holds_text(item)
+
+
+def _holds_text(item: Any) -> bool:
+    if isinstance(item, Mapping):
+        return any(map(_holds_text, item.values()))
+    if isinstance(item, list | tuple | set):
+        return any(map(_holds_text, item))
+    return isinstance(item, str) and bool(item)
 
 
 def mask_text(text: str) -> str:
@@ -65,7 +84,19 @@ def mask_secrets(text: str) -> str:
     """A text without what looks like a token or an assigned secret; paths stay."""
     for pattern in _SECRET_TEXT:
         text = pattern.sub(MASK, text)
-    return _ASSIGNMENT.sub(lambda found: found[1] + found[2] + MASK, text)
+    for pattern in _ASSIGNMENTS:
+        text = pattern.sub(_without_value, text)
+    before, brace, rest = text.partition("{")  # outside of braces `token: x` is a sentence
+    return before + _IN_BRACES.sub(_without_value, brace + rest)
+
+
+def _without_value(found: re.Match[str]) -> str:
+    """An assignment without its value, unless its name is that of a tokenizer's marker."""
+    *_, name, between = found.groups()
+    if _MARKER_KEY.match(name.rpartition(".")[2]):
+        return found[0]
+    value = found[0][found.end(found.re.groups) - found.start() :]
+    return found[0].removesuffix(value) + MASK
 
 
 def shareable(value: Any) -> Any:

@@ -19,13 +19,19 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from hfkd.masking import shareable
+from hfkd.masking import is_secret, shareable
 
 RECORD_NAME = "run.json"
 UNFINISHED = "_unfinished"
 """The folder, in that of a run, of checkpoints that are being written or removed; Trainer's uploads leave out names
 that begin like this.
 """
+BATCHES = "_nonfinite-step-"
+"""What the names of folders begin with that hold the batches of a step whose loss or gradient was no number: rows of
+the data, which no upload may take.
+"""
+GOLD_BASELINE = "gold_baseline"
+"""The folder, in that of a run, of the fine-tuning that it is compared with."""
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "trl", "hfkd")
 # What one run leaves in its folder besides checkpoints and the weights, which the next save replaces.
 _RUN_FILES = (RECORD_NAME, "report.json", "plot.png", "recipe.yaml", "README.md", "teacher_answers.jsonl")
@@ -38,12 +44,19 @@ _WEIGHT_FILES = (
     "generation_config.json",
 )
 # Settings that may differ between a run and its continuation. How far it goes may not: which rows are visited, in
-# which order, and the learning rate of each step follow from it.
+# which order, and the learning rate of each step follow from it. How many rows a step has on one process may: another
+# number of processes needs it, and a checkpoint's manifest tells whether the rows of a step are as many as before.
 _FREE_TRAINING_KEYS = re.compile(
     r"^(output_dir|run_policy|resume_from_checkpoint|report_to|run_name|"
     r"project|disable_tqdm|"
-    r"log_.*|logging_.*|save_.*|trackio_.*|push_to_hub|hub_.*|overwrite_output_dir)$"
+    r"log_.*|logging_.*|save_.*|trackio_.*|push_to_hub|hub_.*|overwrite_output_dir|"
+    r"per_device_(train|eval)_batch_size|gradient_accumulation_steps|"
+    r"dataloader_(num_workers|prefetch_factor|pin_memory|persistent_workers)|"
+    r"ddp_.*|restore_callback_states_from_checkpoint)$"
 )
+# Free too, unless what an evaluation finds changes the weights that are kept.
+_EVALUATION_KEYS = re.compile(r"^eval_.*$")
+_BY_EVALUATION = ("reduce_lr_on_plateau", "greedy")
 _NOT_SET, _SHOWN = "not set", 80
 
 
@@ -136,8 +149,8 @@ def rows_fingerprint(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def recipe_fingerprint(resolved: Mapping[str, Any]) -> str:
-    """A hash of what decides the weights: the recipe without how long it trains and what it writes where, and with a
-    cache by its presence alone: `check_same_cache` compares what is in it.
+    """A hash of what decides the weights: the recipe without how long it trains, what it writes where and the tokens
+    that it fetches with, and with a cache by its presence alone: `check_same_cache` compares what is in it.
     """
     return hashlib.sha256(json.dumps(_deciding(resolved), sort_keys=True, default=str).encode()).hexdigest()
 
@@ -154,12 +167,33 @@ def recipe_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> lis
 
 
 def _deciding(resolved: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {section: value for section, value in resolved.items() if section != "hub"}
+    kept = {section: _without_secrets(section, value) for section, value in resolved.items() if section != "hub"}
     if (kept.get("teacher") or {}).get("cache") is not None:
         kept["teacher"] = {**kept["teacher"], "cache": "cached"}
     training = resolved.get("training") or {}
-    kept["training"] = {key: value for key, value in training.items() if not _FREE_TRAINING_KEYS.match(key)}
+    decides = training.get("load_best_model_at_end") or training.get("lr_scheduler_type") in _BY_EVALUATION
+    kept["training"] = {
+        key: value
+        for key, value in training.items()
+        if not (_FREE_TRAINING_KEYS.match(key) or (not decides and _EVALUATION_KEYS.match(key)))
+    }
     return kept
+
+
+def _without_secrets(section: str, value: Any, inside: bool = False) -> Any:
+    """A section without the tokens that models and rows are fetched with; what a teacher's own class takes as options
+    decides the weights, whatever its name.
+    """
+    if isinstance(value, list | tuple):
+        return [_without_secrets(section, item, inside) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    fetching = ("load_kwargs",) if section == "teacher" else ("load_kwargs", "options")
+    return {
+        key: _without_secrets(section, item, inside or key in fetching)
+        for key, item in value.items()
+        if not (inside and is_secret(key, item))
+    }
 
 
 def _unlike(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -255,9 +289,20 @@ def check_output_folder(
             what = "no key that run.json shows differs: it may be a secret or the folder that paths begin with"
         raise OutputFolderError(
             f"the run in {folder} was made by another recipe (fingerprint {str(before)[:12]}, this one has "
-            f"{fingerprint[:12]}); {what}. Only logging and output settings may differ when a run is resumed: set "
-            "them back, choose another training.output_dir, or start anew with --overwrite"
+            f"{fingerprint[:12]}); {what}. Only settings of logging, output, evaluation in training, workers and "
+            "the split of a step's rows may differ when a run is resumed: set the others back, choose another "
+            "training.output_dir, or start anew with --overwrite"
         )
+
+
+def known_metrics(folder: str | Path) -> dict[str, Any]:
+    """What the record in a folder says of the training: empty where there is none.
+
+    Args:
+        folder: The output folder.
+    """
+    record = Path(folder) / RECORD_NAME
+    return json.loads(record.read_text(encoding="utf-8")).get("metrics", {}) if record.exists() else {}
 
 
 def check_same_data(folder: str | Path, data: Mapping[str, Any]) -> None:
@@ -305,10 +350,11 @@ def check_same_cache(folder: str | Path, teacher: Mapping[str, Any]) -> None:
 
 
 def clear_output_folder(folder: str | Path) -> None:
-    """Remove what a run left in its folder: checkpoints, records, the teacher's answers and weights; other files
-    stay.
+    """Remove what a run left in its folder: checkpoints, records, batches of a step that failed, the baseline, the
+    teacher's answers and weights; other files stay.
     """
-    for path in [*checkpoints(folder), Path(folder) / UNFINISHED]:
+    leftovers = [Path(folder) / UNFINISHED, Path(folder) / GOLD_BASELINE, *Path(folder).glob(f"{BATCHES}*")]
+    for path in [*checkpoints(folder), *leftovers]:
         shutil.rmtree(path, ignore_errors=not path.exists())
     for name in _RUN_FILES:
         (Path(folder) / name).unlink(missing_ok=True)

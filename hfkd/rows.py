@@ -14,13 +14,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Partial
 from transformers import Cache, PreTrainedModel
 
 from hfkd.batch import predicted
 from hfkd.errors import HeadError
-from hfkd.zero import whole
+from hfkd.zero import is_partitioned, row_count, whole
 
 LOWEST = -1e4
 """Stands for a logit of minus infinity: its probability is exactly 0, and products with it stay finite."""
@@ -58,8 +60,12 @@ def base_model_of(model: nn.Module) -> PreTrainedModel:
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Where a model reads its ids; an offloaded embedding says where it is run."""
+    """Where a model reads its ids: an offloaded embedding says where it is run, and one in shards, which may wait in
+    CPU memory, is gathered on the process's own device.
+    """
     embeddings = base_model_of(model).get_input_embeddings()
+    if isinstance(embeddings.weight, DTensor) or is_partitioned(embeddings.weight):
+        return PartialState().device
     if embeddings.weight.device.type != "meta":
         return embeddings.weight.device
     return torch.device(embeddings._hf_hook.execution_device)
@@ -222,6 +228,13 @@ class Head:
             )
 
 
+def head_size(model: nn.Module) -> int:
+    """The number of ids that a causal LM's head scores, padding included; gathers nothing, so that a process may ask
+    alone.
+    """
+    return row_count(_active(base_model_of(model).get_output_embeddings()).weight)
+
+
 def _active(layer: nn.Module | None) -> nn.Module | None:
     """The module in force behind PEFT's `modules_to_save`: a trained copy of the head, or the original where the
     adapter is off.
@@ -254,8 +267,13 @@ def _not_linear(base: nn.Module, layer: nn.Module | None) -> str:
 
 
 def _whole(parameter: Tensor) -> Tensor:
-    """A sharded parameter gathered once (its backward scatters); a plain one as it is."""
-    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else whole(parameter)
+    """A sharded parameter gathered once; a plain one as it is. The gradient of the gathered one is of this process's
+    rows alone, so its backward averages over the processes, as FSDP does; left to itself, torch takes it to be the
+    same everywhere and keeps each process's part of its own.
+    """
+    if isinstance(parameter, DTensor):
+        return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
+    return whole(parameter)
 
 
 def _logit_rules(config: Any) -> tuple[float, float | None]:

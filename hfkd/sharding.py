@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
+from hfkd.distributed import largest_and_smallest
 from hfkd.rows import base_model_of
 from hfkd.zero import has_engine, shard_for_inference, zero_stage
 
@@ -36,14 +38,17 @@ class Launch:
         device: This process's.
         num_processes: Of the whole run.
         is_fsdp2: Whether the student's weights will be sharded with `fully_shard`.
+        is_zero3: Whether DeepSpeed will cut them. A second model then waits as it was loaded: its engine needs the
+            accelerator.
     """
 
     device: torch.device
     num_processes: int = 1
     is_fsdp2: bool = False
+    is_zero3: bool = False
 
     distributed_type: ClassVar[DistributedType] = DistributedType.NO
-    """DeepSpeed's engines need the accelerator: until there is one, a model is whole on each process."""
+    """DeepSpeed's engines need the accelerator: until there is one, a model that speaks is whole on each process."""
 
     @classmethod
     def of(cls, args: Any) -> Launch:
@@ -59,7 +64,8 @@ class Launch:
         else:
             wanted = bool(str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")))
             sharded = wanted and os.environ.get("FSDP_VERSION", "1") == "2"
-        return cls(device, state.num_processes, sharded and state.num_processes > 1)
+        stage = getattr(getattr(args, "deepspeed_plugin", None), "zero_stage", 0)
+        return cls(device, state.num_processes, sharded and state.num_processes > 1, int(stage or 0) == 3)
 
 
 @dataclass(frozen=True)
@@ -71,12 +77,14 @@ class Placement:
         shards: Into how many parts the weights are cut.
         bytes_here: Bytes of weights and buffers on this process.
         bytes_whole: Bytes of the whole model.
+        device: Where most of the bytes here lie: `cpu` where they wait for their turn on the process's device.
     """
 
     kind: str
     shards: int
     bytes_here: int
     bytes_whole: int
+    device: str
 
     @classmethod
     def of(cls, model: nn.Module) -> Placement:
@@ -85,23 +93,24 @@ class Placement:
         Args:
             model: Wrapped or not.
         """
-        here, whole, kind, shards = 0, 0, "whole", 1
+        here, whole, kind, shards = Counter[str](), 0, "whole", 1
         offloaded = {id(weight) for weight in _offloaded(model)}
         for weight in [*model.parameters(), *model.buffers(), *_offloaded(model)]:
             if weight.device.type == "meta" and id(weight) not in offloaded:
                 continue  # its values are in the map of an offloading hook
             if isinstance(weight, DTensor):
                 kind, shards = "fsdp2", max(shards, weight.device_mesh.size())
-                here += _size(weight.to_local())
+                here[str(weight.to_local().device)] += _size(weight.to_local())
             elif hasattr(weight, "ds_numel"):
                 kind, shards = "zero3", max(shards, PartialState().num_processes)
-                here += weight.ds_tensor.numel() * weight.element_size()
+                here[str(weight.ds_tensor.device)] += weight.ds_tensor.numel() * weight.element_size()
                 whole += weight.ds_numel * weight.element_size()
                 continue
             else:
-                here += _size(weight)
+                here[str(weight.device)] += _size(weight)
             whole += _size(weight)
-        return cls("streamed" if offloaded else kind, shards, here, whole)
+        device = here.most_common(1)[0][0] if here else "none"
+        return cls("streamed" if offloaded else kind, shards, here.total(), whole, device)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for logs and the run record."""
@@ -123,6 +132,8 @@ def place(model: nn.Module, launch: Any, offload: bool = False) -> nn.Module:
     Raises:
         ValueError: It is to be sharded, and its layers can't be found or its weights can't be cut.
     """
+    if getattr(launch, "is_zero3", False):
+        return model
     if Placement.of(model).kind != "whole" and (zero_stage(launch) != 3 or has_engine(model)):
         return model  # it has its place already; loaded in ZeRO-3's shards it still lacks what gathers them
     if getattr(launch, "is_fsdp2", False) and launch.num_processes > 1:
@@ -155,6 +166,18 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
             "of the class of its layers, or launch without FSDP."
         )
     return found
+
+
+def ends_share_behind_a_copy(base: nn.Module) -> bool:
+    """Whether PEFT keeps a copy of the embeddings or of the head (`modules_to_save`), and what it is a copy of is
+    shared by both: such weights can't be cut in two groups.
+
+    Args:
+        base: A causal LM, PEFT's wrapper taken off.
+    """
+    ends = [base.get_input_embeddings(), base.get_output_embeddings()]
+    own = [getattr(end, "original_module", end) for end in ends if end is not None]
+    return len(own) == 2 and own != ends and own[0].weight is own[1].weight
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -197,7 +220,8 @@ def one_process_at_a_time(launch: Any) -> Iterator[None]:
         yield
         return
     state = PartialState()
-    turns = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
+    # Machines may have different numbers of them, and whoever waits once less than the others waits for ever.
+    turns = largest_and_smallest(int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes)))[0]
     for _ in range(state.local_process_index):
         state.wait_for_everyone()
     try:
@@ -218,7 +242,7 @@ def _shard(model: nn.Module, device: torch.device, processes: int, offload: bool
         fully_shard(block, **options)
     base = base_model_of(model)
     embeddings, head = base.get_input_embeddings(), base.get_output_embeddings()
-    if head is None or embeddings.weight is not head.weight:
+    if head is None or (embeddings.weight is not head.weight and not ends_share_behind_a_copy(base)):
         fully_shard(embeddings, **options)
     fully_shard(model, **options)
     register_fsdp_forward_method(model, "generate")

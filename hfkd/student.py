@@ -84,8 +84,9 @@ def check_head(model: nn.Module, view: View, padding_free: bool = False, tokens:
     mask = torch.ones_like(ids)
     hidden = decode(model, ids, mask).last_hidden_state[0]
     logits = model(input_ids=ids, attention_mask=mask).logits[0].to(hidden.device)
+    head = Head.of(model)  # gathered by all processes, whatever the numbers of one of them are
     if bool(torch.isfinite(logits).all()):  # if not, the loss will be no number, and its error says more
-        Head.of(model).check(hidden, logits)
+        head.check(hidden, logits)
 
 
 def keep_layers(model: PreTrainedModel, layers: int | Sequence[int]) -> PreTrainedModel:

@@ -24,7 +24,15 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from hfkd.batch import Batch, predicted
 from hfkd.callbacks import Steps
-from hfkd.compatibility import check_devices, check_layers, check_parts, check_second_view, check_sharding
+from hfkd.compatibility import (
+    check_devices,
+    check_layers,
+    check_learning_terms,
+    check_parts,
+    check_second_view,
+    check_sharding,
+    check_wrapped,
+)
 from hfkd.config import DistillationConfig
 from hfkd.data.collate import DistillationCollator
 from hfkd.data.prompts import PromptStyle
@@ -164,6 +172,7 @@ class DistillationTrainer(LongRunTrainer):
     def _prepare_teacher(self, dataset: Any, eval_dataset: Any) -> None:
         check_devices(self.args)
         check_layers(self.model, self.accelerator)
+        check_sharding(self.accelerator, self.model, self.teacher)
         if self.teacher is None:
             return
         self.teacher.prepare(self.accelerator, self.model)
@@ -211,7 +220,7 @@ class DistillationTrainer(LongRunTrainer):
             self.teacher.keep_states(self.objective.layers[1])
         else:
             self.objective.prepare(self.model)
-        check_sharding(self.accelerator, self.model, self.objective, self.teacher)
+        check_learning_terms(self.accelerator, self.objective)
         self.objective.to(self.args.device)
         same_everywhere(self.objective.parameters())
 
@@ -362,6 +371,7 @@ class DistillationTrainer(LongRunTrainer):
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """As in `Trainer`, with the loss per token over the whole set, and each term beside it."""
+        check_wrapped(self.accelerator, self.model)
         self._eval_sums = []
         with self.meter.paused():
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)

@@ -174,6 +174,17 @@ def fork(work: Callable[[], None]) -> int:
         os._exit(status)
 
 
+def finish(work: Callable[[], None], name: str) -> None:
+    """Run something in a process of its own to its end.
+
+    Raises:
+        RuntimeError: It failed; it has printed why.
+    """
+    _, status = os.waitpid(fork(work), 0)
+    if status:
+        raise RuntimeError(f"{name} failed with exit code {os.waitstatus_to_exitcode(status)}; its error is above.")
+
+
 @dataclass
 class Kill:
     """What one kill met."""
@@ -203,13 +214,18 @@ def kill_at(folder: Path, board: Board, moment: tuple[int, float], options: argp
     board.write(-1, TRAINING)
     child = fork(lambda: run(folder, board, options))
     while board.read()[0] < moment[0]:
-        if os.waitpid(child, os.WNOHANG)[0]:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended and status:
+            raise RuntimeError(f"A resumed run failed by itself before step {moment[0]}; its error is above.")
+        if ended:
             return None
         time.sleep(0.0002)
     time.sleep(moment[1])
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     if not os.WIFSIGNALED(status):
+        if status:
+            raise RuntimeError(f"A resumed run failed by itself after step {moment[0]}; its error is above.")
         return None
     step, phase = board.read()
     found = checkpoints(folder)
@@ -250,13 +266,13 @@ def working_folder(wanted: Path | None) -> Any:
 def chaos(folder: Path, options: argparse.Namespace, console: Console) -> int:
     """The undisturbed run, the disturbed one, and what became of it; returns the exit code."""
     board, alone, disturbed = Board(), folder / "alone", folder / "disturbed"
-    os.waitpid(fork(lambda: run(alone, board, options)), 0)
+    finish(lambda: run(alone, board, options), "The undisturbed run")
     times = json.loads((alone / "times.json").read_text())
     kills = []
     for moment in moments(times, options.kills, options.seed):
         if (kill := kill_at(disturbed, board, moment, options)) is not None:
             kills.append(kill)
-    os.waitpid(fork(lambda: run(disturbed, board, options)), 0)
+    finish(lambda: run(disturbed, board, options), "The last resume")
     console.print(table_of(kills))
     faults = []
     if len(kills) < options.kills:
@@ -265,7 +281,7 @@ def chaos(folder: Path, options: argparse.Namespace, console: Console) -> int:
         faults.append(f"{len(different)} weights differ, first {different[0]}")
     if broken := sum(bool(kill.damaged) for kill in kills):
         faults.append(f"after {broken} kills a half-written checkpoint was found")
-    if (worst := max(kill.lost for kill in kills)) > options.save_steps:
+    if (worst := max((kill.lost for kill in kills), default=0)) > options.save_steps:
         faults.append(f"{worst} steps were lost, more than save_steps={options.save_steps}")
     if (disturbed / UNFINISHED).exists():
         faults.append("something unfinished is left at the end")

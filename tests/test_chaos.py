@@ -35,12 +35,14 @@ def test_what_went_wrong_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     from safetensors.torch import save_file
 
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    from chaos import Kill, differences, moments
+    from chaos import Kill, differences, finish, moments
 
     for name, value in (("alone", 1.0), ("disturbed", 1.0 + 2**-23)):
         (tmp_path / name / "final").mkdir(parents=True)
         weights = {"same": torch.ones(2), "other": torch.tensor(value)}
         save_file(weights, tmp_path / name / "final" / "adapter_model.safetensors")
+    with pytest.raises(RuntimeError, match="The undisturbed run failed with exit code 1"):
+        finish(lambda: 1 / 0, "The undisturbed run")
     assert differences(tmp_path / "alone", tmp_path / "disturbed") == ["other"]
     assert Kill(step=14, saving=True, resumed_from=10).lost == 4
     drawn = moments([0.0, 1.0, 5.0], 50, seed=1)

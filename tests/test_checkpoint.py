@@ -25,6 +25,7 @@ from hfkd.checkpoint import (
     inspect,
     last_whole,
     load_companions,
+    of_last_course,
     publish,
     rotate,
     save_companions,
@@ -54,30 +55,38 @@ def test_what_is_kept_comes_back(tmp_path: Path) -> None:
 
 
 def test_a_part_that_is_not_there_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Told to take the same teacher, who has the same teacher looks for the fault everywhere but in
-    `save_only_model`, or in the number of processes.
+    """Told to take the same teacher, who has the same teacher looks for the fault everywhere but in the number of
+    processes.
     """
     nothing = nn.Module()
-    with pytest.raises(FileNotFoundError, match=r"no teacher.safetensors, but Kept has.*save_only_model") as caught:
+    with pytest.raises(CheckpointError, match=r"no teacher.safetensors, but Kept has.*or start anew") as caught:
         load_companions(str(tmp_path), nothing, Kept(1.0))
     assert "processes" not in str(caught.value)
     save_companions(str(tmp_path), nothing, None, Kept(1.0))
     monkeypatch.setattr(hfkd.checkpoint, "PartialState", lambda: SimpleNamespace(process_index=1, num_processes=2))
-    with pytest.raises(FileNotFoundError, match=r"no texts.1.safetensors.*number of processes .*made with \(here 2\)"):
+    with pytest.raises(CheckpointError, match=r"no texts.1.safetensors.*number of processes .*made with \(here 2\)"):
         load_companions(str(tmp_path), nothing, None, Kept(1.0))
 
 
-ABOUT = {"step": 5, "processes": 2, "batch": 4, "accumulation": 3, "sharding": "none", "data": {"examples": 9}}
+ABOUT = {
+    "step": 5,
+    "processes": 2,
+    "batch": 4,
+    "accumulation": 3,
+    "sharding": "none",
+    "data": {"examples": 9},
+    "teacher": {"kind": "self"},
+}
 
 
-def made(folder: Path, step: int, text: str = "weights") -> Path:
+def made(folder: Path, step: int, text: str = "weights", course: str = "only") -> Path:
     """A small checkpoint, written as a trainer writes it."""
     draft = folder / UNFINISHED / f"checkpoint-{step}"
     (draft / "inner").mkdir(parents=True)
     (draft / "model.safetensors").write_text(text)
     (draft / "inner" / "shard.bin").write_bytes(bytes(range(100)))
     (draft / "trainer_state.json").write_text("{}")
-    publish(draft, folder / f"checkpoint-{step}", ABOUT)
+    publish(draft, folder / f"checkpoint-{step}", {**ABOUT, "course": course})
     return folder / f"checkpoint-{step}"
 
 
@@ -105,7 +114,7 @@ def test_a_draft_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / UNFINISHED / "checkpoint-10" / "model.safetensors").write_text("hal")
     assert get_last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-5")
     assert checkpoints(tmp_path) == [tmp_path / "checkpoint-5"] == [last_whole(tmp_path)]
-    assert clear_unfinished(tmp_path) == ["checkpoint-10"] and clear_unfinished(tmp_path) == []
+    assert clear_unfinished(tmp_path) == ["checkpoint-10 (removed)"] and clear_unfinished(tmp_path) == []
     assert not (tmp_path / UNFINISHED).exists()
 
 
@@ -127,6 +136,39 @@ def test_a_failed_publish_leaves_what_was_there(tmp_path: Path, monkeypatch: pyt
     assert inspect(tmp_path / "checkpoint-5").kind == "whole" and not (tmp_path / UNFINISHED).exists()
 
 
+def test_a_replacement_that_breaks_off_is_made_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the old one's leaving and the new one's coming a kill would cost both."""
+    made(tmp_path, 5, "first")
+    moves, replace = [], os.replace
+
+    def killed(one: Path, other: Path) -> None:
+        moves.append(other)
+        if len(moves) == 2:
+            raise KeyboardInterrupt
+        replace(one, other)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        made(tmp_path, 5, "second")
+    monkeypatch.undo()
+    assert checkpoints(tmp_path) == []
+    words = ["checkpoint-5 (whole, moved to its place)", "old-checkpoint-5 (removed)"]
+    assert clear_unfinished(tmp_path) == words
+    assert (tmp_path / "checkpoint-5" / "model.safetensors").read_text() == "second"
+    assert inspect(tmp_path / "checkpoint-5").kind == "whole" and not (tmp_path / UNFINISHED).exists()
+
+
+def test_the_course_that_wrote_last_is_gone_on_from(tmp_path: Path) -> None:
+    """Of two runs in one folder the older one may have come further; so may one that was gone back in."""
+    for course, step in [*(("first", step) for step in (5, 10, 15, 20)), ("second", 5), ("second", 10)]:
+        made(tmp_path, step, course=course)
+    assert of_last_course(tmp_path) == [tmp_path / "checkpoint-5", tmp_path / "checkpoint-10"]
+    assert last_whole(tmp_path) == tmp_path / "checkpoint-10"
+    made(tmp_path, 5, course="second")
+    (tmp_path / "checkpoint-20" / MANIFEST).write_text("[]")
+    assert [path.name for path in of_last_course(tmp_path)] == ["checkpoint-5", "checkpoint-20"]
+
+
 def cut(checkpoint: Path) -> None:
     with (checkpoint / "model.safetensors").open("r+b") as file:
         file.truncate(3)
@@ -139,13 +181,22 @@ def flip(checkpoint: Path) -> None:
     path.write_bytes(data)
 
 
+def tell(checkpoint: Path, **other: object) -> None:
+    """Let a manifest say something else."""
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    (checkpoint / MANIFEST).write_text(json.dumps({**manifest, **other}))
+
+
 DAMAGE = {
     "cut": (cut, "model.safetensors has 3 bytes instead of 7"),
     "flipped": (flip, "inner/shard.bin holds other bytes than were written"),
     "missing": (lambda one: (one / "inner" / "shard.bin").unlink(), "inner/shard.bin is missing"),
     "half a manifest": (lambda one: (one / MANIFEST).write_text('{"format'), f"its {MANIFEST} can't be read"),
-    "no manifest": (lambda one: (one / MANIFEST).unlink(), "which checkpoint-5 beside it has"),
+    "no manifest": (lambda one: (one / MANIFEST).unlink(), "which checkpoint-5 before it has"),
     "a list": (lambda one: (one / MANIFEST).write_text("[]"), f"its {MANIFEST} can't be read"),
+    "a format in letters": (lambda one: tell(one, format="one"), f"its {MANIFEST} can't be read"),
+    "no sizes": (lambda one: tell(one, files={"trainer_state.json": None}), f"its {MANIFEST} can't be read"),
+    "other words": (lambda one: tell(one, batch=8), f"its {MANIFEST} says other things than were written"),
 }
 
 
@@ -165,11 +216,12 @@ def test_damage_is_named(tmp_path: Path, kind: str) -> None:
 def test_of_another_version(tmp_path: Path) -> None:
     """What a newer version wrote may mean something else; what an older one wrote has no manifest, and no damage."""
     checkpoint = made(tmp_path, 5)
-    manifest = json.loads((checkpoint / MANIFEST).read_text())
-    (checkpoint / MANIFEST).write_text(json.dumps({**manifest, "format": 2, "hfkd": "9.0"}))
+    tell(checkpoint, format=2, hfkd="9.0")
     assert inspect(checkpoint).kind == "newer" and "hfkd 9.0 in format 2" in inspect(checkpoint).reason
     (checkpoint / MANIFEST).unlink()
     assert inspect(checkpoint).kind == "unverified"
+    made(tmp_path, 10)
+    assert inspect(checkpoint).kind == "unverified", "it is older than the first one that has a manifest"
     (checkpoint / "trainer_state.json").unlink()
     assert inspect(checkpoint).kind == "damaged"
 
@@ -218,6 +270,7 @@ def test_a_removal_that_breaks_off_leaves_no_half(tmp_path: Path, monkeypatch: p
         ({"processes": 4, "batch": 2}, "the same rows a step"),
         ({"processes": 1}, "had 24 rows .* this run has 12 .*so that the product is the same"),
         ({"sharding": "fsdp"}, "written with sharding 'none', and this run has 'fsdp'"),
+        ({"teacher": {"kind": "ema"}}, """The teacher isn't the one .*was {"kind": "self"}, is {"kind": "ema"}"""),
         ({"data": {"examples": 8}}, r"aren't those .*9 examples; now 8 examples.*ignore_data_skip"),
     ],
 )

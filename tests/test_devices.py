@@ -61,7 +61,7 @@ def test_a_config_for_more_gpus_than_there_are(
         (2, 1, {"ACCELERATE_USE_CPU": "True"}, False),
         (2, 1, {}, True),
         (2, 0, {}, False),
-        (2, 0, {"ACCELERATE_USE_FSDP": "true"}, True),
+        (1, 0, {"ACCELERATE_USE_FSDP": "true"}, True),
     ],
 )
 def test_what_can_run_is_let_through(
@@ -70,6 +70,24 @@ def test_what_can_run_is_let_through(
     """Two processes on a CPU are how this is tested; they must not need two GPUs."""
     pretend(monkeypatch, processes, gpus, **environment)
     check_processes(use_cpu)
+
+
+@pytest.mark.parametrize(
+    ("environment", "settings"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true"}, {"use_cpu": True}),
+        ({"ACCELERATE_USE_FSDP": "true", "ACCELERATE_USE_CPU": "true"}, {}),
+        ({"ACCELERATE_USE_CPU": "true"}, {"fsdp": True, "fsdp_config": {"version": 2}}),
+        ({"ACCELERATE_USE_FSDP": "true", "LOCAL_WORLD_SIZE": "1", "WORLD_SIZE": "2"}, {"use_cpu": True}),
+    ],
+)
+def test_shards_on_cpus_are_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, environment: dict, settings: dict
+) -> None:
+    """Accelerate runs such a launch as DDP without a word, beside a teacher in shards."""
+    pretend(monkeypatch, 2, 0, **environment)
+    with pytest.raises(ValueError, match="FSDP and for no GPU .*use_cpu out"):
+        DistillationConfig(str(tmp_path), **settings)
 
 
 def fsdp2(names: list[str] | None = None, policy: Any = transformer_auto_wrap_policy) -> Any:

@@ -233,7 +233,7 @@ def test_it_stops_before_the_weights_change_and_keeps_the_batches(tmp_path, what
     trainer.add_callback(At(3, lambda: weights.update(trained_weights(trainer))))
     with pytest.raises(error, match="step 4") as caught:
         trainer.train()
-    message, folder = str(caught.value), tmp_path / "nonfinite-step-4" / "process-0"
+    message, folder = str(caught.value), tmp_path / "_nonfinite-step-4" / "process-0"
     assert all(torch.equal(value, trained_weights(trainer)[name]) for name, value in weights.items()) and weights
     assert str(tmp_path / "checkpoint-3") in message and str(folder) in message
     assert ("spoilt" in message) == (what == "value")
@@ -268,7 +268,7 @@ def test_every_micro_batch_of_the_step_is_kept(tmp_path):
     )
     with pytest.raises(NonFiniteLoss, match="step 2"):
         trainer.train()
-    folder = tmp_path / "nonfinite-step-2" / "process-0"
+    folder = tmp_path / "_nonfinite-step-2" / "process-0"
     assert sorted(path.name for path in folder.glob("*.safetensors")) == [f"batch-{n}.safetensors" for n in range(4)]
     sums = [one["sum"] for one in json.loads((folder / "report.json").read_text())["losses"]]
     assert [isinstance(one, str) for one in sums] == [False, True, False, False]
@@ -321,7 +321,7 @@ def test_an_evaluation_stops_at_once(tmp_path):
 def test_batches_that_cannot_be_written_do_not_hide_the_error(tmp_path):
     """On a full disk the message is all that is left."""
     trainer = breaking(tmp_path, 1, "value", save_strategy="no")
-    (tmp_path / "nonfinite-step-1").write_text("in the way")
+    (tmp_path / "_nonfinite-step-1").write_text("in the way")
     with pytest.raises(NonFiniteLoss, match=r"spoilt.*couldn't be saved"):
         trainer.train()
 

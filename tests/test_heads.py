@@ -14,6 +14,7 @@ from hfkd.errors import HeadError
 from hfkd.objective import build_objective
 from hfkd.rows import DenseRows, Head, base_model_of, decode, supervised
 from hfkd.signal import TeacherSignal
+from hfkd.student import check_head
 
 # Model type, scale, soft cap, bias: what must be read out of each.
 KNOWN = [
@@ -155,6 +156,18 @@ def test_logits_of_another_width_are_refused_as_such(model):
         hidden, logits = states_and_logits(model)
         with pytest.raises(HeadError):
             Head.of(model).check(hidden, logits[:, :-4])
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_head_is_read_whatever_the_logits_are(model, monkeypatch, broken):
+    """Prevents a process whose logits are no numbers from leaving the others alone in the gathering of a head."""
+    if broken:
+        nn.init.constant_(model.model.norm.weight, float("nan"))
+    read = []
+    monkeypatch.setattr("hfkd.student.Head.of", lambda one: read.append(one) or Head(one.lm_head.weight))
+    with torch.no_grad():
+        check_head(model.eval(), some_view())
+    assert read == [model]
 
 
 def test_logits_that_are_not_numbers_do_not_pass(model):

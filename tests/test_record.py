@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hfkd.masking import mask, safe_command
+from hfkd.masking import mask, mask_secrets, safe_command
 from hfkd.record import (
     UNFINISHED,
     OutputFolderError,
@@ -39,6 +39,39 @@ def test_a_planted_token_is_nowhere_in_the_file(tmp_path: Path, monkeypatch: pyt
     assert "and more" in text
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "got {'token': 'hidden0'}, and more",
+        'got {"size": 1, "api_key": "hidden1 hidden2"}, and more',
+        r'said {\"hub_token\": \"hidden3\"}, and more',
+        "found {'token': ['hidden4', 'hidden5']} and more",
+        "student.load_kwargs={revision: main, token: hidden6} and more",
+        "teacher={load_kwargs: {password: 'hidden 7'}} and more",
+        "https://hidden8@host/rows and more",
+        "https://user:hidden9@host/rows and more",
+        "Authorization: Basic hidden10== and more",
+        "{'Authorization': 'token hidden11', 'and more': 1}",
+        "aws_secret_key=hidden12 and more",
+        "f(token='hidden13', and more)",
+        'f(password="hidden 14"); and more',
+        "hfkd train r.yaml --hub_token hidden15 and more",
+        "hfkd train r.yaml --api-key=hidden16 and more",
+    ],
+)
+def test_a_secret_in_a_text_is_masked(text: str) -> None:
+    """Messages show the values that they complain of in any notation, and a message is what is copied."""
+    assert "hidden" not in mask_secrets(text) and "and more" in mask_secrets(text), mask_secrets(text)
+
+
+def test_a_secret_in_data_is_masked() -> None:
+    """A key says what its value is, whatever form that has."""
+    data = {"token": ["hidden"], "secret_key": "hidden", "headers": {"Authorization": "Bearer hidden"}, "kept": 1}
+    data |= {"credentials": {"user": "hidden"}, "hf_token": ("hidden", "hidden")}
+    masked = mask(data)
+    assert "hidden" not in str(masked) and masked["kept"] == 1 and masked["token"] == "***"
+
+
 def test_ordinary_words_are_kept() -> None:
     """A record with masks where nothing was secret can't be repeated."""
     plain = {
@@ -52,6 +85,12 @@ def test_ordinary_words_are_kept() -> None:
         "average_tokens_across_devices": True,
         "model": "org/hf_model",
         "path": "openai/gsm8k",
+        "bytes_per_token": 2.5,
+        "address": "ssh://git@host/rows and https://host/a?mail=ada@host",
+        "basic": "A basic understanding of the token: it is a word, and its secret: none.",
+        "template": "{prompt}\nToken: the word\nSecret: none",
+        "shown": "{'pad_token': '<eos>', 'token': True, 'bytes_per_token': 2.5, 'api_key': None}",
+        "flow": "{token: true, pad_token: <eos>, bytes_per_token: 2.5, max_new_tokens: 3}",
     }
     assert mask(plain) == plain
 
@@ -139,6 +178,22 @@ def test_output_folders(tmp_path: Path) -> None:
     (tmp_path / UNFINISHED / "checkpoint-20").mkdir(parents=True)
     clear_output_folder(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_new_token_is_the_same_run() -> None:
+    """Tokens expire; a run that can be gone on with under the old one alone is lost."""
+
+    def recipe(token: str | None, revision: str = "main") -> dict:
+        loading = {"revision": revision, **({} if token is None else {"token": token})}
+        members = {"a": {"load_kwargs": loading}}
+        data = {"train": {"options": loading}}
+        return {"student": {"load_kwargs": loading}, "teacher": {"load_kwargs": loading, "members": members}, "data": data}
+
+    assert recipe_fingerprint(recipe("old")) == recipe_fingerprint(recipe("new")) == recipe_fingerprint(recipe(None))
+    assert recipe_fingerprint(recipe("old")) != recipe_fingerprint(recipe("old", revision="other"))
+    assert recipe_fingerprint({"student": {"load_kwargs": {"pad_token": "a"}}}) != recipe_fingerprint(
+        {"student": {"load_kwargs": {"pad_token": "b"}}}
+    )
 
 
 def test_a_command_line_keeps_no_secret_and_no_folder() -> None:

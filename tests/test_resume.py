@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,14 @@ import torch
 from conftest import make_model, make_tokenizer
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.data import IterableDataset
 from training import ROWS, lora, make_trainer, trained_weights
-from transformers import Trainer
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from hfkd import DistillationTrainer, EmaTeacher, GenerationSettings, HFRollout, LocalTeacher, OffPolicyBuffer
 from hfkd.checkpoint import FORMAT, MANIFEST, inspect
-from hfkd.errors import CheckpointError, CheckpointNotSaved, NothingToLearn
+from hfkd.data.collate import DistillationCollator
+from hfkd.errors import CheckpointError, CheckpointNotSaved, NothingToLearn, Preempted
 from hfkd.losses import Divergence
 from hfkd.objective import Objective, Term
 from hfkd.record import UNFINISHED
@@ -121,6 +124,35 @@ def test_resumed_is_straight_to_the_last_bit(tmp_path: Path, straight: Any, name
     assert [key for key in wanted if not torch.equal(wanted[key], found[key])] == []
 
 
+def test_a_run_that_is_over_stays_as_it_is(tmp_path: Path, straight: Any) -> None:
+    """Trainer looks whether it is done after a step: each resume would train one step more, with others' rates."""
+    shutil.copytree(straight("adapter with dropout")[0] / "checkpoint-6", tmp_path / "checkpoint-6")
+    trainer = make_trainer(tmp_path, **{**COMMON, **adapter(), "max_steps": 6})
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 6 and [path.name for path in tmp_path.iterdir()] == ["checkpoint-6"]
+    kept = load_file(tmp_path / "checkpoint-6" / "adapter_model.safetensors")
+    found = trained_weights(trainer)
+    assert kept and all(torch.equal(kept[name.replace(".default.", ".")], found[name]) for name in found)
+
+
+def test_callbacks_remember(tmp_path: Path) -> None:
+    """Early stopping that begins to count anew stops later than the run that was never stopped."""
+    options = {"eval_dataset": ROWS[:4], "eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "loss"}
+
+    def patient() -> DistillationTrainer:
+        stopping = EarlyStoppingCallback(2)
+        return short(tmp_path, max_steps=8, callbacks=[stopping], greater_is_better=True, **options)
+
+    alone = patient()
+    alone.train()
+    stopped_at = alone.state.global_step
+    assert stopped_at < 8
+    shutil.rmtree(tmp_path / f"checkpoint-{stopped_at}")
+    again = patient()
+    again.train(resume_from_checkpoint=True)
+    assert again._initial_global_step == stopped_at - 1 and again.state.global_step == stopped_at
+
+
 # --- which checkpoint is taken
 
 
@@ -206,6 +238,50 @@ def test_one_of_a_newer_hfkd_is_refused(folder: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": FORMAT + 1}))
     with pytest.raises(CheckpointError, match=f"in format {FORMAT + 1}; this one reads up to {FORMAT}. Update hfkd"):
         short(folder).train(resume_from_checkpoint=True)
+
+
+def test_one_of_an_earlier_run_is_not_taken(folder: Path) -> None:
+    """A run that began anew in a used folder and was stopped would be gone on from where the old one had come."""
+    short(folder, max_steps=1).train()
+    assert begins_at(short(folder), True) == 1
+    shutil.rmtree(folder / "checkpoint-4")
+    assert begins_at(short(folder), True) == 3, "what went on is the same run"
+
+
+def test_the_model_alone_is_refused(folder: Path, tmp_path: Path) -> None:
+    """Trainer goes on from it without a word, with a new optimizer and the learning rate of the first step."""
+
+    class Told(TrainerCallback):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Preempted, match="checkpoint-1. It holds the model only.*start a new run from its weights"):
+        short(tmp_path / "alone", save_only_model=True, callbacks=[Told()]).train()
+    with pytest.raises(CheckpointError, match="checkpoint-1 holds the model only.*save_only_model"):
+        short(tmp_path / "alone").train(resume_from_checkpoint=True)
+
+
+def test_another_objective_or_teacher_is_refused(folder: Path) -> None:
+    """A recipe's keys are compared; who writes Python would go on with another loss and never hear of it."""
+    with pytest.raises(CheckpointError, match="The objective isn't the one .*forward_kl.* is .*reverse_kl"):
+        short(folder, objective="reverse_kl").train(resume_from_checkpoint=True)
+    with pytest.raises(CheckpointError, match="The teacher isn't the one .*adapter_off.* is .*ema"):
+        short(folder, teacher=EmaTeacher(decay=0.5), peft_config=lora()).train(resume_from_checkpoint=True)
+
+
+def test_data_without_a_length_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Their second pass isn't found again: the rows that are skipped are counted from the first one's beginning."""
+    views = short(tmp_path).train_dataset
+
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return (views[place] for place in range(len(views)))
+
+    for steps in (1, 2):
+        own = {"rows": Stream(), "data_collator": DistillationCollator(0), "demonstrations": ()}
+        with caplog.at_level(logging.WARNING):
+            short(tmp_path, max_steps=steps, **own).train(resume_from_checkpoint=steps == 2)
+    assert sum("have no length" in record.message for record in caplog.records) == 1
 
 
 def test_other_data_are_refused(folder: Path) -> None:

@@ -10,10 +10,12 @@ import pytest
 import yaml
 from conftest import make_model, make_tokenizer
 from huggingface_hub import ModelCard
+from huggingface_hub.utils import filter_repo_objects
 from rich.console import Console
 
 import hfkd.run.build
-from hfkd.errors import VocabularyError
+from hfkd.config import DistillationConfig
+from hfkd.errors import CheckpointError, VocabularyError
 from hfkd.recipe import RecipeError, load_recipe
 from hfkd.record import OutputFolderError
 from hfkd.run import run_recipe
@@ -187,10 +189,27 @@ def test_resume_goes_on(folder: Path) -> None:
     run(*common, "training.max_steps=3")
     for path in (folder / "out").glob("checkpoint-3"):
         path.rename(folder / "gone")
-    resumed = run(*common, "training.max_steps=3", "training.run_policy=resume")
+    resume = [*common, "training.max_steps=3", "training.run_policy=resume"]
+    with pytest.raises(CheckpointError, match="had 2 rows .* has 4 .*Change per_device_train_batch_size"):
+        run(*resume, "training.gradient_accumulation_steps=2")
+    split = ["training.per_device_train_batch_size=1", "training.gradient_accumulation_steps=2"]
+    resumed = run(*resume, *split, "training.eval_delay=1")
     ours, theirs = resumed.report["loss_history"][-1], straight.report["loss_history"][-1]
     assert ours["step"] == theirs["step"] == 3
     assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    again, words = run(*resume, words=(words := io.StringIO())), words.getvalue()
+    assert again.record.metrics == resumed.record.metrics and again.record.metrics["train_loss"] > 0
+    assert "no step is made" in words and again.record.status == "finished"
+
+
+def test_only_the_first_process_looks_for_the_record(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On machines with disks of their own, it lies where the first process is, and the others' checkpoints without."""
+    (folder / "out" / "checkpoint-2").mkdir(parents=True)
+    resume = load_recipe("recipe.yaml", ["evaluation=null", "training.run_policy=resume"])
+    with pytest.raises(OutputFolderError, match=r"no run.json"):
+        build(resume)
+    monkeypatch.setattr(DistillationConfig, "process_index", 1)
+    assert build(resume).model is not None
 
 
 @pytest.mark.parametrize(
@@ -448,5 +467,31 @@ def test_push_sends_the_card_and_no_checkpoints(folder: Path, monkeypatch: pytes
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
     run("hub={push: true, repo_id: me/it}", "evaluation=null")
     assert calls["create"] == {"name": "me/it", "private": True, "exist_ok": True}
-    assert "checkpoint-*" in calls["upload"]["ignore_patterns"]
-    assert "teacher_answers.jsonl" in calls["upload"]["ignore_patterns"]
+    private = ["checkpoint-2/optimizer.pt", "teacher_answers.jsonl", "_unfinished/checkpoint-3/model.safetensors"]
+    private += ["_nonfinite-step-3/process-0/batches.safetensors", "nonfinite-step-3/process-0/batches.safetensors"]
+    offered = ["README.md", "adapter_model.safetensors", "base/model.safetensors"]
+    sent = filter_repo_objects([*private, *offered], ignore_patterns=calls["upload"]["ignore_patterns"])
+    assert list(sent) == offered
+
+
+@pytest.mark.parametrize("members", [False, True])
+def test_an_own_local_teacher_has_its_own_tokenizer(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, members: bool
+) -> None:
+    """A class of the user's own says itself what it loads; there is no `teacher.model` to read a tokenizer from."""
+    make_model(seed=1).save_pretrained("theirs")
+    make_tokenizer().save_pretrained("theirs")
+    code = "from hfkd import LocalTeacher\nclass Mine(LocalTeacher):\n"
+    code += "    def __init__(self, folder): super().__init__(folder)\n"
+    Path("own_local.py").write_text(code)
+    monkeypatch.syspath_prepend(str(folder))
+    mine = "{kind: 'own_local:Mine', options: {folder: %s}}"
+    named = f"{{kind: mixture, members: {{a: {mine}, b: {{kind: local, model: theirs}}}}}}" if members else mine
+    assert run(f"teacher={named % 'theirs'}", "evaluation=null").record.status == "finished"
+    if not members:
+        saved = json.loads(Path("theirs/tokenizer.json").read_text())
+        ids = saved["model"]["vocab"]
+        ids["A"], ids["B"] = ids["B"], ids["A"]
+        Path("theirs/tokenizer.json").write_text(json.dumps(saved))
+        with pytest.raises(VocabularyError, match="is 'A' for the student and 'B' for the teacher"):
+            run(f"teacher={named % 'theirs'}", "evaluation=null", "training.run_policy=overwrite")

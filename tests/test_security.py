@@ -294,6 +294,23 @@ def test_kernels_of_the_hub_are_code_too(desk: Path, options: dict[str, Any], fi
         load_causal_lm("student", **options)
 
 
+@pytest.mark.parametrize("option", ["use_kernels", "allow_all_kernels", "kernel_config"])
+def test_kernels_for_layers_are_code_too(desk: Path, option: str) -> None:
+    """These have code of the hub take the place of layers; what runs must be trusted, and told before it does."""
+    words = f"{option} lets code of the hub run; set trust_remote_code to true"
+    with pytest.raises(ValueError, match=words):
+        load_causal_lm("student", **{option: True})
+    with pytest.raises(ValueError, match=words):
+        trainer(teacher=LocalTeacher("teacher", load_kwargs={option: True})).train()
+    load_causal_lm("student", **{option: False if option != "kernel_config" else None})
+    for key in ("student", "teacher"):
+        override = f"{key}.load_kwargs={{{option}: true}}"
+        with pytest.raises(RecipeError, match=f"{key}.load_kwargs: {option} .* {key}.trust_remote_code"):
+            load_recipe("recipe.yaml", [override])
+        recipe = load_recipe("recipe.yaml", [override, f"{key}.trust_remote_code=true"])
+        assert f"{key}.trust_remote_code" in code_lines(recipe)[1]
+
+
 @pytest.mark.parametrize(
     "name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "pytorch_model.bin"]
 )
@@ -423,16 +440,30 @@ def test_code_is_named_before_it_is_imported(desk: Path, monkeypatch: pytest.Mon
     monkeypatch.syspath_prepend(str(desk))
     monkeypatch.setattr(sys, "argv", ["hfkd", command])
     done = CliRunner().invoke(app, [command, "recipe.yaml", *overrides, *out])
-    told = done.output.index("This recipe imports code of its own: ")
+    told = done.output.index("This recipe imports code of its own:")
     first = done.output.index("imported own_")
     assert told < first, done.output
-    line = done.output[told:].splitlines()[0]
-    assert all(f"{name} ({key})" in line for key, name in names.items()), line
+    lines = done.output[told:].splitlines()
+    assert sorted(lines[1 : 1 + len(names)]) == sorted(f"  {name} ({key})" for key, name in names.items()), lines
     imported = {word.split()[1] for word in done.output.splitlines() if word.startswith("imported own_")}
     unused = {"own_teacher", "own_weights"} if command == "evaluate" else set()
     assert imported == {name.partition(":")[0] for name in names.values()} - unused, done.output
     assert done.exit_code == 0, done.output
-    assert "This recipe lets the code of model repositories run: student (student.trust_remote_code)" in done.output
+    assert "This recipe lets the code of model repositories run:\n  student (student.trust_remote_c" in done.output
+
+
+def test_a_name_cannot_hide_itself(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal obeys control characters: a name with some could wipe away the line that tells of it."""
+    recipe = yaml.safe_load(Path("recipe.yaml").read_text())
+    recipe["data"]["token_weights"] = "json:loads\x1b[2K\r"
+    recipe["data"]["prompt"] = {"builder": "json:\u202edumps\n"}
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
+    monkeypatch.setattr(sys, "argv", ["hfkd", "train"])
+    done = CliRunner().invoke(app, ["train", "recipe.yaml"])
+    assert "  json:loads\\x1b[2K\\r (data.token_weights)\n" in done.output, done.output
+    assert "  json:\\u202edumps\\n (data.prompt.builder)\n" in done.output, done.output
+    assert done.exit_code == 2 and "Error: " in done.output
+    assert not {"\x1b", "\r", "\u202e"} & set(done.output), "neither there nor in the error that follows"
 
 
 def test_a_recipe_of_plain_values_says_nothing(desk: Path) -> None:

@@ -13,7 +13,7 @@ from training import DEMONSTRATIONS, ROWS, lora, make_trainer, run, trained_weig
 
 from hfkd import Divergence, LocalTeacher, Objective, SelfTeacher
 from hfkd.data.collate import DistillationCollator
-from hfkd.errors import HeadError, NonFiniteLoss, NothingToLearn, VocabularyError
+from hfkd.errors import CheckpointError, HeadError, NonFiniteLoss, NothingToLearn, VocabularyError
 from hfkd.terms import Term
 
 TOLERANCE = 1e-5
@@ -211,7 +211,7 @@ def test_the_state_of_a_teacher_is_in_the_checkpoint(tmp_path):
     (tmp_path / "checkpoint-2" / "teacher.safetensors").unlink()
     for path in tmp_path.glob("*/hfkd_checkpoint.json"):  # that one of an older hfkd, whose files nobody listed
         path.unlink()
-    with pytest.raises(FileNotFoundError, match="teacher.safetensors"):
+    with pytest.raises(CheckpointError, match="teacher.safetensors"):
         make_trainer(tmp_path, teacher=Counting(), **settings).train(
             resume_from_checkpoint=str(tmp_path / "checkpoint-2")
         )

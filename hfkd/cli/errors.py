@@ -21,8 +21,13 @@ def user_errors(traceback: bool) -> Iterator[None]:
         _hide_secrets(error)
         if traceback or not _is_users(error):
             raise
-        typer.secho(f"Error: {error}", fg=typer.colors.RED, err=True)
+        typer.secho("\n".join(map(visible, f"Error: {error}".split("\n"))), fg=typer.colors.RED, err=True)
         raise typer.Exit(2) from None
+
+
+def visible(line: str) -> str:
+    """A line with its control characters written out: a terminal would obey them, and could wipe away other lines."""
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in line)
 
 
 def _hide_secrets(error: BaseException | None) -> None:

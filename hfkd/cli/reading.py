@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from hfkd.cli.errors import visible
+
 if TYPE_CHECKING:
     from hfkd.recipe import Recipe
 
@@ -30,4 +32,4 @@ def _announce(recipe: Recipe) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     for line in code_lines(recipe):
-        typer.secho(line, fg=typer.colors.YELLOW, err=True)
+        typer.secho(visible(line), fg=typer.colors.YELLOW, err=True)

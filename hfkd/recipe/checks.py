@@ -51,6 +51,8 @@ def is_own_class(kind: str) -> bool:
 
 def _loading(recipe: Recipe) -> Iterator[str]:
     """What must stand beside `load_kwargs`, where it is seen, holds for the tokenizer too, and is told to the user."""
+    from hfkd.loading import KERNEL_OPTIONS
+
     sections: dict[str, Any] = {"student": recipe.student, "teacher": recipe.teacher}
     sections |= {f"teacher.members.{name}": member for name, member in recipe.teacher.members.items()}
     for key, section in sections.items():
@@ -58,6 +60,12 @@ def _loading(recipe: Recipe) -> Iterator[str]:
             yield f"{key}.load_kwargs: holds trust_remote_code; give it as {key}.trust_remote_code"
         if section.load_kwargs.get("use_safetensors") is False:
             yield f"{key}.load_kwargs: use_safetensors is false, and pickled weights are never read; leave it out"
+        for name in KERNEL_OPTIONS:
+            if section.load_kwargs.get(name) and not section.trust_remote_code:
+                yield (
+                    f"{key}.load_kwargs: {name} lets code of the hub run; set {key}.trust_remote_code beside it if you "
+                    "trust that code and the model's, or leave it out"
+                )
     if recipe.data.generation.vllm.get("trust_remote_code") and not recipe.student.trust_remote_code:
         yield "data.generation.vllm: trust_remote_code is the student's; set student.trust_remote_code beside it"
 

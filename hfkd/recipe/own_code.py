@@ -27,14 +27,15 @@ def trusted_code(recipe: Recipe) -> dict[str, str]:
 
 
 def code_lines(recipe: Recipe) -> list[str]:
-    """What a user is told of both, a line each; none for a recipe of plain values."""
+    """What a user is told of both, a line for each name under a line that says what it is; none for a recipe of plain
+    values.
+    """
     lines = []
     if own := own_code(recipe):
-        named = ", ".join(f"{name} ({key})" for key, name in own.items())
-        lines.append(f"This recipe imports code of its own: {named}")
+        lines += ["This recipe imports code of its own:", *(f"  {name} ({key})" for key, name in own.items())]
     if trusted := trusted_code(recipe):
-        named = ", ".join(f"{model} ({key})" for key, model in trusted.items())
-        lines.append(f"This recipe lets the code of model repositories run: {named}")
+        lines.append("This recipe lets the code of model repositories run:")
+        lines += [f"  {model} ({key})" for key, model in trusted.items()]
     return lines
 
 

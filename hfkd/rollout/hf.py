@@ -37,7 +37,7 @@ from hfkd.errors import HeadError, UnsupportedCache
 from hfkd.prefix import SharedPrefix, common_prefix
 from hfkd.rollout.base import Completion, GenerationSettings, Rollout
 from hfkd.rollout.decoding import RowEnds, SeededSampling, TextEnds, draws_for, eos_ids
-from hfkd.rows import position_count
+from hfkd.rows import input_device, position_count
 from hfkd.sharding import is_sharded
 
 logger = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ class HFRollout(Rollout):
         config = _generation_config(base, self.tokenizer, self.settings)
         input_ids, mask = _pad_left(rows, config.pad_token_id, len(prefix) if prefix else 0)
         ends = RowEnds(TextEnds(self.tokenizer, self.settings.stop, config.eos_token_id or ()), *input_ids.shape)
-        device = _device(model, base)
+        device = input_device(base)
         arguments: dict[str, Any] = {"input_ids": input_ids.to(device), "attention_mask": mask.to(device)}
         if draws is not None:
             sampling = SeededSampling(draws, input_ids.shape[1], self.settings.temperature, self.settings.top_p)
@@ -169,7 +169,7 @@ class HFRollout(Rollout):
         """Take part in a batch of the other processes: one token behind one token, and then until they have ended."""
         config = _generation_config(base, self.tokenizer, self.settings)
         config.max_new_tokens = 1
-        ids = torch.tensor([[config.pad_token_id]], device=_device(model, base))
+        ids = torch.tensor([[config.pad_token_id]], device=input_device(base))
         with generation_mode(model), torch.no_grad():
             _generate(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "generation_config": config})
 
@@ -205,11 +205,6 @@ def _generate(model: nn.Module, arguments: dict[str, Any]) -> Tensor:
     """`generate` where the weights that no block holds are gathered, and on all processes for as many tokens."""
     together = is_sharded(model) and PartialState().num_processes > 1
     return run_inside(model, model, lambda: model.generate(**arguments, synced_gpus=together))
-
-
-def _device(model: nn.Module, base: PreTrainedModel) -> torch.device:
-    """Where ids are read; shards may wait in CPU memory to be gathered elsewhere."""
-    return PartialState().device if is_sharded(model) else base.get_input_embeddings().weight.device
 
 
 def _base_model(model: nn.Module) -> PreTrainedModel:

@@ -6,7 +6,7 @@ nothing and writes nothing: `hfkd.run` does.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,16 +100,39 @@ def build(recipe: Recipe, *, dry: bool = False) -> Run:
     if recipe.data.generation.backend == "vllm":
         _check_engine()
     policy = recipe.training.get("run_policy", "refuse")
-    check_output_folder(run.output_dir, policy, run.fingerprint, recipe.resolved())
+    if policy != "resume" or run.config.process_index == 0:  # it alone writes the record that is compared
+        check_output_folder(run.output_dir, policy, run.fingerprint, recipe.resolved())
     run.take(load_data(recipe, run.sources))
     run.tokenizer = load_tokenizer(recipe.student)
     run.builder = PromptBuilder(run.tokenizer, run.style)
     run.teacher = make_teacher(recipe)
     _check_routes(recipe, run)
     check_parts(run.objective, run.teacher, Mixture.of(recipe.data.shares), recipe.student.lora is not None)
+    launch = _launch(recipe, run)
     run.model = load_student(recipe, seed=run.config.seed)
-    prepare_teacher(recipe, run.teacher, run.model, run.tokenizer, Launch.of(run.config))
+    prepare_teacher(recipe, run.teacher, run.model, run.tokenizer, launch)
     return run
+
+
+def _launch(recipe: Recipe, run: Run) -> Launch:
+    """How the teacher is placed before there is a trainer. Under ZeRO-3 it waits, since its engine needs the trainer's
+    accelerator, unless it is asked before: whole on each process then.
+
+    Raises:
+        ValueError: It is asked before, and is to stay in CPU memory.
+    """
+    launch, section = Launch.of(run.config), recipe.teacher
+    graded = recipe.evaluation is not None and section.kind == "local"
+    if not launch.is_zero3 or section.cache is not None or not (graded or recipe.data.answer == "teacher"):
+        return launch
+    if section.offload:
+        raise ValueError(
+            "teacher.offload: the teacher is asked before training (evaluation, or data.answer: teacher), and under "
+            "ZeRO-3 it can speak out of CPU memory only once training has begun. Leave the evaluation section and "
+            "data.answer out, launch with FSDP2 (recipes/accelerate/fsdp2.yaml), or build a cache (`hfkd cache`) and "
+            "train with that"
+        )
+    return replace(launch, is_zero3=False)
 
 
 def _check_engine() -> None:

@@ -26,13 +26,13 @@ from hfkd.compatibility import check_readers_of_draws
 from hfkd.data.prompts import PromptBuilder
 from hfkd.loading import load_config_of, readable
 from hfkd.recipe.schema import Recipe
-from hfkd.rows import DenseRows, Head
+from hfkd.rows import DenseRows, Head, input_device
 from hfkd.run.build import Run, settings_of
 from hfkd.run.evaluation import movable
 from hfkd.run.expected import expected_contract, loss_temperature, teacher_contract
 from hfkd.run.models import load_student, load_tokenizer, make_teacher, prepare_teacher
 from hfkd.run.rows import load_data
-from hfkd.run.texts import ANSWERS_NAME, answered_rows, fitting, make_dataset, prepare_to_write, visited_rows
+from hfkd.run.texts import ANSWERS_NAME, answered_rows, fitting, make_dataset, visited_rows
 from hfkd.sharding import Launch
 from hfkd.signal import DISTRIBUTION, STATES
 from hfkd.student import check_head
@@ -169,21 +169,22 @@ class _Build:
     def _prepared(self) -> Teacher:
         """The teacher, loaded when it is first needed."""
         run = self.run
+        # Whole on each process: they read different numbers of texts, and shards must be run together.
+        launch = Launch(run.config.device)
         if run.model is None and self.recipe.teacher.kind == "self":
             run.model = load_student(self.recipe, seed=run.config.seed)
             if movable(run.model):
                 run.model.to(run.config.device)
-            prepare_to_write(run)
+            run.teacher.prepare(launch, run.model)
         elif run.model is None:
             run.model = torch.nn.Identity()  # the teacher is another model; the student's plays no part
-            # Whole on each process: they read different numbers of texts, and shards must be run together.
-            prepare_teacher(self.recipe, run.teacher, run.model, run.tokenizer, Launch(run.config.device))
+            prepare_teacher(self.recipe, run.teacher, run.model, run.tokenizer, launch)
         return run.teacher
 
     def _writer(self, dataset: DistillationDataset, contract: dict[str, Any]) -> CacheWriter:
         texts = list(texts_of(dataset))
         with self.run.teacher.weights() as model, torch.no_grad():
-            device = next(model.parameters()).device
+            device = input_device(model)
             ids = torch.tensor([texts[0]["input_ids"]], device=device)
             check_head(model, View(ids, torch.ones_like(ids), ids))
             head, dtype = Head.of(model).detached(), model.dtype

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import logging
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from rich.console import Console
 
 from hfkd.card import build_card
@@ -27,13 +29,17 @@ from hfkd.eval.k_shot import KShotReport
 from hfkd.eval.report import plot_run, write_report
 from hfkd.masking import safe_command
 from hfkd.objective import build_objective
+from hfkd.preemption import interruptible
 from hfkd.recipe.schema import Recipe
 from hfkd.record import (
+    GOLD_BASELINE,
+    RECORD_NAME,
     RunRecord,
     check_same_cache,
     check_same_data,
     checkpoints,
     clear_output_folder,
+    known_metrics,
     rows_fingerprint,
 )
 from hfkd.rollout.on_policy import Mixture
@@ -53,6 +59,7 @@ from hfkd.run.texts import (
 )
 from hfkd.run.training import make_trainer
 from hfkd.run.words import accuracies_line, comparison_tables, plan_lines, summary_lines
+from hfkd.sharding import Launch
 from hfkd.teachers import CachedTeacher
 
 if TYPE_CHECKING:
@@ -117,22 +124,30 @@ class _Conductor:
             clear_output_folder(run.output_dir)
         self.console.print("\n".join(plan_lines(run)), markup=False, highlight=False)
         self._describe()
-        try:
-            self._stages()
-        except BaseException as error:
-            preempted = isinstance(error, Preempted)
+        with interruptible() as calm:
+            try:
+                self._stages()
+                return self._finish()
+            except BaseException as error:
+                calm()
+                self._note(error)
+                raise
+
+    def _note(self, error: BaseException) -> None:
+        """Write down how the run ended, unless it was over."""
+        preempted = isinstance(error, Preempted)
+        if self.record.status != "finished":
             self.record.status = "preempted" if preempted else "failed"
-            if self.trains:  # before that nothing is there to protect, and the mended recipe may use the folder
+            # Before training nothing is there to protect, and the mended recipe may use the folder; but a scheduler
+            # must see that the run wants to be started again.
+            if self.trains or (preempted and not (self.run.output_dir / RECORD_NAME).exists()):
                 self._write_record()
-            if preempted:
-                PartialState().wait_for_everyone()  # the launcher ends all when the first one leaves
-            raise
-        self.record.status = "finished"
-        return self._finish()
+        if preempted and error.checkpoint is not None:
+            PartialState().wait_for_everyone()  # the launcher ends all when the first one leaves
 
     def _stages(self) -> None:
         run = self.run
-        if movable(run.model):
+        if movable(run.model) and not self._waits():
             run.model.to(run.config.device)
         fitting_rows = self._fitting_rows()
         with self._clock("evaluation_before"):
@@ -147,13 +162,18 @@ class _Conductor:
             rows = unanswered(run, rows)
         trainer = make_trainer(run, rows, run.model, run.teacher, run.objective, run.config)
         self._count_late(trainer.train_dataset)
+        before = known_metrics(run.output_dir)
         self.trains = True
         self._write_record()
         if self.first:
             save_base(self.recipe, run.tokenizer)
         with self._clock("training"), training_bar(trainer, self.console, "Training"):
-            outcome = trainer.train(resume_from_checkpoint=_goes_on(run))
-        self.record.metrics = {key: value for key, value in outcome.metrics.items() if isinstance(value, int | float)}
+            outcome = trainer.train(resume_from_checkpoint=_goes_on(run, run.output_dir))
+        made = trainer.state.global_step > trainer._initial_global_step  # else the figures are of no step
+        metrics = outcome.metrics if made else before
+        if not made:
+            self.console.print("The training was over before: no step is made, and its figures are kept.")
+        self.record.metrics = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
         self.record.teacher = run.teacher.describe() if run.teacher is not None else {"kind": "none"}
         self.history = [entry for entry in trainer.state.log_history if "loss" in entry and "step" in entry]
         with self._clock("evaluation_after"):
@@ -167,6 +187,12 @@ class _Conductor:
             gc.collect()
             with self._clock("gold_baseline"):
                 self._gold_baseline(gold_rows)
+
+    def _waits(self) -> bool:
+        """Whether the student stays where it was loaded until the trainer cuts it, since nobody asks it before."""
+        asked = self.run.evaluation is not None or self.recipe.data.answer == "teacher"
+        launch = Launch.of(self.run.config)
+        return (launch.is_fsdp2 or launch.is_zero3) and not asked
 
     def _describe(self) -> None:
         run = self.run
@@ -247,21 +273,24 @@ class _Conductor:
 
     def _gold_baseline(self, rows: list[dict[str, Any]]) -> None:
         """Fine-tune a fresh student on the data set's own answers: same adapter, seed, steps and prompts."""
-        run = self.run
+        run, folder = self.run, self.run.output_dir / GOLD_BASELINE
         changes = {
-            "output_dir": str(run.output_dir / "gold_baseline"),
+            "output_dir": str(folder),
             "save_strategy": "no",
+            "save_only_model": False,  # the checkpoint of a signal is to be gone on from
             "run_policy": "overwrite",
         }
         config = make_config(self.recipe, **changes)
         model = load_student(self.recipe, seed=run.config.seed)
         trainer = make_trainer(run, rows, model, None, build_objective("cross_entropy"), config)
         with training_bar(trainer, self.console, "Fine-tuning on gold, for comparison"):
-            trainer.train()
+            trainer.train(resume_from_checkpoint=_goes_on(run, folder))  # from where a signal ended it
         self._evaluate("gold", trainer.accelerator.unwrap_model(trainer.model))
-        folder = Path(config.output_dir)
-        if self.first and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
+        if self.first:
+            for checkpoint in checkpoints(folder):
+                shutil.rmtree(checkpoint)
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
 
     def _report(self) -> dict[str, Any]:
         details = {name: plain_results(report) for name, report in self.k_shot.items()}
@@ -287,12 +316,13 @@ class _Conductor:
             write_report(folder / "report.json", report)
             if self.history or report["k_shot_details"]:
                 plot_run(folder / "plot.png", self.history, report["k_shot_details"])
-            self.record.write(folder)
             record = self.record.to_dict()
             (folder / "recipe.yaml").write_text(yaml.safe_dump(record["recipe"], sort_keys=False), encoding="utf-8")
             (folder / "README.md").write_text(build_card(record, report), encoding="utf-8")
-            if self.recipe.hub.push:
-                push(self.recipe, folder)
+        self.record.status = "finished"
+        self._write_record()  # the last one: it says that the others are there
+        if self.first and self.recipe.hub.push:
+            push(self.recipe, folder)
         for table in comparison_tables(report):
             self.console.print()
             self.console.print(table)
@@ -312,16 +342,21 @@ class _Conductor:
 
 
 def push(recipe: Recipe, folder: Path) -> None:
-    """Send the folder to the hub, without checkpoints and the baseline's files."""
+    """Send the folder to the hub, without checkpoints, drafts of some, the batches of a step that failed (rows of the
+    data) and the baseline's files.
+    """
     from huggingface_hub import HfApi
 
     api = HfApi()
     api.create_repo(recipe.hub.repo_id, private=recipe.hub.private, exist_ok=True)
     # training_args.bin is a pickle with this machine's paths in it
-    ignored = ["checkpoint-*", "gold_baseline/*", ANSWERS_NAME, "training_args.bin"]
+    ignored = ["checkpoint-*", "_*", "nonfinite-*", "gold_baseline/*", ANSWERS_NAME, "training_args.bin"]
     api.upload_folder(repo_id=recipe.hub.repo_id, folder_path=folder, ignore_patterns=ignored)
 
 
-def _goes_on(run: Run) -> bool:
-    """Whether there is a checkpoint to go on from; a run that ended before its first one begins anew."""
-    return run.recipe.training.get("run_policy") == "resume" and bool(checkpoints(run.output_dir))
+def _goes_on(run: Run, folder: Path) -> bool:
+    """Whether there is a checkpoint to go on from, as the first process sees it; a run that ended before its first one
+    begins anew.
+    """
+    found = bool(checkpoints(folder))
+    return run.recipe.training.get("run_policy") == "resume" and gather_object([found])[0]

@@ -174,7 +174,12 @@ def prepare_teacher(
     members = teacher.teachers if isinstance(teacher, SeveralTeachers) else {"": teacher}
     sections = recipe.teacher.members if isinstance(teacher, SeveralTeachers) else {"": recipe.teacher}
     for name, member in members.items():
-        if isinstance(member, LocalTeacher) and not isinstance(member, CrossTokenizerTeacher):
+        if not isinstance(member, LocalTeacher) or isinstance(member, CrossTokenizerTeacher):
+            continue
+        if sections[name].model is None:  # a class of the user's own, which says itself what it loads
+            member.prepare(launch, student)
+            member.check_vocabulary(tokenizer)
+        else:
             member.tokenizer = load_tokenizer(sections[name])
             check_same_tokens(tokenizer, member.tokenizer)
             member.prepare(launch, student)

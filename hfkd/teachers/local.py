@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hfkd.batch import Batch, View
 from hfkd.distributed import run_inside
 from hfkd.errors import HeadError, UnsupportedCache
-from hfkd.loading import load_causal_lm, load_tokenizer_of
+from hfkd.loading import fetch, load_causal_lm, load_tokenizer_of
 from hfkd.packing import drop_padding, run_view
 from hfkd.prefix import SharedPrefix
 from hfkd.rows import DenseRows, Head, base_model_of, input_device, supervised
@@ -201,6 +201,8 @@ class LocalTeacher(ModelTeacher):
         Raises:
             ValueError: It is the student itself, or can't be sharded.
         """
+        if self.model is None and getattr(accelerator, "is_fsdp2", False):
+            fetch(self.name, self.loading)  # not in a turn: those who wait for theirs would run into a timeout
         with one_process_at_a_time(accelerator):
             self._prepare(accelerator, student)
 

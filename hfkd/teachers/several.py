@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hfkd.batch import Batch, View
 from hfkd.data.views import DistillationDataset
-from hfkd.rows import DenseRows, Head, RowLayout
+from hfkd.rows import DenseRows, RowLayout, head_size
 from hfkd.sharding import is_sharded
 from hfkd.signal import DISTRIBUTION, TeacherSignal
 from hfkd.teacher_rows import MixtureRows, RoutedRows
@@ -368,7 +368,7 @@ def _vocab_size(teacher: Teacher) -> int | None:
     if type(teacher).weights is Teacher.weights:
         return None
     with teacher.weights() as model:
-        return Head.of(model).vocab_size
+        return head_size(model)
 
 
 def _runs_together(teacher: Teacher) -> bool:

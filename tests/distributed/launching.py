@@ -51,6 +51,8 @@ def shard_on_cpu() -> None:
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
 
+    from hfkd import compatibility
+
     original = AcceleratorState.__init__
 
     def chosen(self: Any, *args: Any, fsdp_plugin: Any = None, **settings: Any) -> None:
@@ -62,6 +64,7 @@ def shard_on_cpu() -> None:
             PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
     AcceleratorState.__init__ = chosen
+    compatibility._shards_on_cpu = lambda: True
 
 
 def forget_choice() -> None:

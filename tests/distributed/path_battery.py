@@ -20,14 +20,14 @@ from hfkd.teachers import RoutedTeacher
 from hfkd.teachers.cached import CachedTeacher
 
 STEPS, ROWS_A_STEP = 5, 8
-# One row in five is the frozen copy's, so that a process often has none for it.
+# One row in five is the frozen copy's, so that a process often has none for it, the first of the members.
 ROUTED = [{**row, "teacher": "self" if place % 5 == 0 else "one"} for place, row in enumerate(ROWS[:16])]
 
 GRID = [f"{student} {teacher} {times}" for student, teacher, times in product(
     ("full", "lora"), ("local", "self", "cached"), (1, 4)
 )]  # fmt: skip
 MORE = ["full live 1", "full local 1 adamw", "full local 1 untied", "full local 1 clipped", "lora local 1 fewer",
-        "lora self 1 mixed", "full routed 1"]  # fmt: skip
+        "lora self 1 mixed", "full routed 1", "lora local 1 untied head", "lora local 4 untied ends"]  # fmt: skip
 CASES = GRID + MORE
 
 
@@ -47,7 +47,7 @@ def make_case(case: str, folder: Path, processes: int, **overrides: Any) -> Dist
         "local": lambda: LocalTeacher(make_model(seed=1, **shape)),
         "self": lambda: SelfTeacher("frozen_copy" if full else "adapter_off"),
         "live": lambda: SelfTeacher("live"),
-        "routed": lambda: RoutedTeacher({"one": LocalTeacher(make_model(seed=1)), "self": SelfTeacher("frozen_copy")}),
+        "routed": lambda: RoutedTeacher({"self": SelfTeacher("frozen_copy"), "one": LocalTeacher(make_model(seed=1))}),
         "cached": lambda: CachedTeacher(folder / "cache"),
     }
     settings: dict[str, Any] = {
@@ -62,7 +62,7 @@ def make_case(case: str, folder: Path, processes: int, **overrides: Any) -> Dist
     if "clipped" in more:
         settings["max_grad_norm"] = 0.05
     if not full:
-        settings["peft_config"] = lora(target_modules=["q_proj", "down_proj"]) if "fewer" in more else lora()
+        settings["peft_config"] = adapter(more)
     if teacher == "routed":
         settings["rows"] = ROUTED
     model = make_model(seed=0, **shape)
@@ -70,6 +70,15 @@ def make_case(case: str, folder: Path, processes: int, **overrides: Any) -> Dist
     if "mixed" in more:
         trainer.data_collator = collate_with_one_stray
     return trainer
+
+
+def adapter(more: list[str]) -> Any:
+    """The adapter of a case: on every layer, or on some, perhaps with ends of the model that learn whole."""
+    if "fewer" in more:
+        return lora(target_modules=["q_proj", "down_proj"])
+    whole = {"head": ["lm_head"], "ends": ["lm_head", "embed_tokens"]}
+    saved = next((whole[word] for word in more if word in whole), None)
+    return lora() if saved is None else lora(target_modules=["q_proj"], modules_to_save=saved)
 
 
 def collate_with_one_stray(features: list[Any]) -> dict[str, Tensor]:

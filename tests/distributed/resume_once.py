@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -14,7 +16,9 @@ from accelerate import PartialState
 from conftest import make_tokenizer
 from training import lora, make_trainer, trained_weights
 
-from hfkd import GenerationSettings, HFRollout, OffPolicyBuffer
+from hfkd import DistillationConfig, GenerationSettings, HFRollout, OffPolicyBuffer
+from hfkd.errors import CheckpointError
+from hfkd.record import checkpoints
 
 SETTINGS = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch"}
 
@@ -60,5 +64,38 @@ def go_on(folder: Path) -> None:
         torch.save(trained_weights(trainer), folder / "weights.pt")
 
 
+def disks(folder: Path) -> None:
+    """Each process on a machine of its own, with a disk of its own: what isn't shared is said, and not gone on from,
+    by either way of asking; where each machine saves all, each keeps its limit and goes on.
+    """
+    DistillationConfig.local_process_index = property(lambda self: 0)
+    rank, said = int(os.environ["RANK"]), []
+    logging.getLogger("hfkd.long_runs").addFilter(lambda record: said.append(record.getMessage()) or True)
+    mine = folder / f"disk-{rank}"
+    options = {"per_device_train_batch_size": 4, "ddp_backend": "gloo", "save_strategy": "steps", "save_steps": 1}
+    make_trainer(mine, **options).train()
+    assert [path.name for path in checkpoints(mine)] == ([] if rank else ["checkpoint-1", "checkpoint-2"])
+    assert not (mine / "_unfinished").exists()
+    assert rank or "isn't one folder for all machines: process 0 doesn't see what processes [1]" in said[0]
+    for wanted in (True, str(mine)):
+        try:
+            make_trainer(mine, **options).train(resume_from_checkpoint=wanted)
+        except CheckpointError as error:
+            assert "can be gone on from" in str(error), error
+        else:
+            raise AssertionError("went on from a checkpoint that only one machine has")
+    assert rank or any("no such folder (on the machine of process 1)" in text for text in said)
+    own = {**options, "save_on_each_node": True, "save_total_limit": 1}
+    for steps in (2, 3):
+        trainer = make_trainer(folder / f"own-{rank}", max_steps=steps, **own)
+        trainer.train(resume_from_checkpoint=steps == 3)
+        assert [path.name for path in checkpoints(trainer.args.output_dir)] == [f"checkpoint-{steps}"]
+    assert trainer._initial_global_step == 2
+    make_trainer(folder / "shared", max_steps=1, **options).train()
+    shared = make_trainer(folder / "shared", **options)
+    shared.train(resume_from_checkpoint=True)
+    assert shared._initial_global_step == 1 and not shared._apart
+
+
 if __name__ == "__main__":
-    {"same_twice": same_twice, "go_on": go_on}[sys.argv[2]](Path(sys.argv[1]))
+    {"same_twice": same_twice, "go_on": go_on, "disks": disks}[sys.argv[2]](Path(sys.argv[1]))

@@ -18,7 +18,7 @@ from conftest import make_model, make_tokenizer
 from launching import SHARDED, forget_choice, shard_on_cpu
 from path_battery import losses, make_case, train_case, whole_weights
 from test_trainer_terms import STATES
-from training import DEMONSTRATIONS, ROWS, make_trainer
+from training import DEMONSTRATIONS, ROWS, lora, make_trainer
 
 from hfkd import LocalTeacher, PromptStyle
 from hfkd.data import PromptBuilder
@@ -125,11 +125,16 @@ def refused(folder: Path) -> dict[str, str]:
         "norms": {"log_gradient_norms": True},
         "shards": sharded(activation_checkpointing=True, state_dict_type="SHARDED_STATE_DICT"),
         "empty": sharded(cpu_ram_efficient_loading=True),
+        "early": {"evaluated": True},
+        "tied": {"peft_config": lora(modules_to_save=["lm_head"])},
     }
     said = {}
     for name, changes in cases.items():
+        early = changes.pop("evaluated", False)
         try:
-            make_trainer(folder / "refused", **{"ddp_backend": "gloo", **sharded(), **changes})
+            trainer = make_trainer(folder / "refused", **{"ddp_backend": "gloo", **sharded(), **changes})
+            if early:
+                trainer.evaluate(trainer.train_dataset)
             said[name] = ""
         except ValueError as error:
             said[name] = str(error)

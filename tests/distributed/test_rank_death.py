@@ -64,10 +64,9 @@ class Launched:
         return (self.folder / "err.txt").read_text()
 
 
-@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
-def test_a_killed_process_ends_the_other_and_is_named(tmp_path, launcher):
+def test_a_killed_process_ends_the_other_and_is_named(tmp_path):
     """A job that hangs over night because one process is gone costs the night, and a cluster."""
-    job = Launched(tmp_path, "killed", launcher)
+    job = Launched(tmp_path, "killed", ACCELERATE)
     job.wait_for_step(5)
     os.kill(job.told(1)[0], signal.SIGKILL)
     assert job.end(60) != 0
@@ -85,17 +84,21 @@ def test_a_process_that_raises_is_heard(tmp_path):
     assert "the data of this process are broken" in summary and re.search(r"rank +: 1 ", summary)
 
 
-def test_a_loss_that_breaks_on_one_process_stops_both_in_the_same_step(tmp_path):
-    """The other process would wait for the gradients of the one that stopped, until a timeout without a reason."""
+def test_what_one_process_meets_stops_both_in_the_same_step(tmp_path):
+    """The other process would wait for the gradients of the one that stopped, until a timeout without a reason. The
+    same two processes train twice: one is told to end in the last step, then one meets an infinite loss.
+    """
     job = Launched(tmp_path, "non_finite", TORCHRUN)
     job.wait_for_step(4)
     assert job.end(60) != 0
     message = job.error()
+    for process in (0, 1):
+        assert f"process {process} left with 75, checkpoint-3" in message
     assert "The loss of step 5 is inf on process 1; terms that aren't finite: ['forward_kl']" in message
     assert "The loss of step 5 isn't finite on process 1, so all processes stop." in message
     assert f"The last good checkpoint is {tmp_path / 'run' / 'checkpoint-4'}" in message
     for process, broken in ((0, False), (1, True)):
-        report = tmp_path / "run" / "nonfinite-step-5" / f"process-{process}" / "report.json"
+        report = tmp_path / "run" / "_nonfinite-step-5" / f"process-{process}" / "report.json"
         assert isinstance(json.loads(report.read_text())["losses"][0]["sum"], str) == broken
 
 

@@ -25,6 +25,11 @@ def test_each_process_goes_on_with_its_own(tmp_path: Path) -> None:
     assert {"rng_state_0.pth", "rng_state_1.pth", "texts.0.safetensors", "texts.1.safetensors"} <= names
 
 
+def test_machines_with_disks_of_their_own(tmp_path: Path) -> None:
+    """Half a checkpoint on each of two disks looks, on each of them, like a whole one."""
+    launch(SCRIPT, tmp_path, "disks")
+
+
 def test_another_number_of_processes_learns_the_same_rows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A node that is lost must not end the run, as long as a step has the same rows."""
     folders = [tmp_path / name for name in ("one", "two", "back")]

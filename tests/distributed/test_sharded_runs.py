@@ -108,6 +108,8 @@ def test_half_precision_is_near(folder: Path) -> None:
         ("norms", "log_gradient_norms"),
         ("shards", "fsdp_state_dict_type: FULL_STATE_DICT"),
         ("empty", "fsdp_cpu_ram_efficient_loading"),
+        ("early", "eval_on_start=True"),
+        ("tied", "out of modules_to_save"),
     ],
 )
 def test_what_cannot_work_in_shards_is_refused(folder: Path, part: str, words: str) -> None:
