@@ -204,7 +204,7 @@ class LongRunTrainer(Trainer):
             "objective": self.objective.describe(),
             "teacher": None if self.teacher is None else _identity(self.teacher.describe()),
         }
-        return json.loads(json.dumps(about, default=str))
+        return json.loads(json.dumps(about, default=lambda one: type(one).__name__))  # no addresses
 
     def _warn(self, text: str) -> None:
         if self.args.process_index == 0:

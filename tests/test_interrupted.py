@@ -75,13 +75,14 @@ def assert_same_course(straight: DistillationTrainer, resumed: DistillationTrain
         assert torch.equal(value, trained_weights(resumed)[name])
 
 
-def test_an_evaluation_that_a_signal_left_out_is_done_first_on_resume(tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", [4, 8])
+def test_an_evaluation_that_a_signal_left_out_is_done_first_on_resume(tmp_path: Path, step: int) -> None:
     """The learning rate, which checkpoint is the best and when to stop early may all follow from it."""
-    steps = {**PLATEAU, "eval_strategy": "steps", "eval_steps": 4, "max_steps": 10}
+    steps = {**PLATEAU, "eval_strategy": "steps", "eval_steps": 4, "max_steps": 8}
     straight = make_trainer(tmp_path / "straight", **steps)
     straight.train()
     with pytest.raises(Preempted):
-        make_trainer(tmp_path / "run", **steps, callbacks=[At(4, kill(), begins=True)]).train()
+        make_trainer(tmp_path / "run", **steps, callbacks=[At(step, kill(), begins=True)]).train()
     resumed = make_trainer(tmp_path / "run", **steps)
     resumed.train(resume_from_checkpoint=True)
     assert_same_course(straight, resumed)

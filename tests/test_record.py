@@ -44,7 +44,7 @@ def test_a_planted_token_is_nowhere_in_the_file(tmp_path: Path, monkeypatch: pyt
     [
         "got {'token': 'hidden0'}, and more",
         'got {"size": 1, "api_key": "hidden1 hidden2"}, and more',
-        r'said {\"hub_token\": \"hidden3\"}, and more',
+        r"said {\"hub_token\": \"hidden3\"}, and more",
         "found {'token': ['hidden4', 'hidden5']} and more",
         "student.load_kwargs={revision: main, token: hidden6} and more",
         "teacher={load_kwargs: {password: 'hidden 7'}} and more",
@@ -187,7 +187,11 @@ def test_a_new_token_is_the_same_run() -> None:
         loading = {"revision": revision, **({} if token is None else {"token": token})}
         members = {"a": {"load_kwargs": loading}}
         data = {"train": {"options": loading}}
-        return {"student": {"load_kwargs": loading}, "teacher": {"load_kwargs": loading, "members": members}, "data": data}
+        return {
+            "student": {"load_kwargs": loading},
+            "teacher": {"load_kwargs": loading, "members": members},
+            "data": data,
+        }
 
     assert recipe_fingerprint(recipe("old")) == recipe_fingerprint(recipe("new")) == recipe_fingerprint(recipe(None))
     assert recipe_fingerprint(recipe("old")) != recipe_fingerprint(recipe("old", revision="other"))

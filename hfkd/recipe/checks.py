@@ -63,8 +63,8 @@ def _loading(recipe: Recipe) -> Iterator[str]:
         for name in KERNEL_OPTIONS:
             if section.load_kwargs.get(name) and not section.trust_remote_code:
                 yield (
-                    f"{key}.load_kwargs: {name} lets code of the hub run; set {key}.trust_remote_code beside it if you "
-                    "trust that code and the model's, or leave it out"
+                    f"{key}.load_kwargs: {name} lets code of the hub run; set {key}.trust_remote_code beside it if "
+                    "you trust that code and the model's, or leave it out"
                 )
     if recipe.data.generation.vllm.get("trust_remote_code") and not recipe.student.trust_remote_code:
         yield "data.generation.vllm: trust_remote_code is the student's; set student.trust_remote_code beside it"
