@@ -36,7 +36,7 @@ class NonFiniteGradient(RuntimeError):
 
 
 class Preempted(SystemExit):
-    """Training was ended by a signal, after a checkpoint was saved; or a recipe was, outside of training. Where nothing
+    """Training was ended by a signal, after a checkpoint was saved; or a recipe was, outside of training. If nothing
     catches it, the process ends with exit code 75 ("try again later").
 
     Args:

@@ -123,7 +123,7 @@ class Preemption:
 
 @contextmanager
 def interruptible() -> Iterator[Callable[[], None]]:
-    """Let SIGTERM raise `Preempted` while it is entered, outside of trainings: at once, since nothing is under way that
+    """Let SIGTERM raise `Preempted` while it is entered, outside of trainings; at once, as nothing is under way that
     would be lost. Elsewhere than in the main thread, or where SIGTERM is ignored, nothing changes.
 
     Yields:
