@@ -233,3 +233,15 @@ def test_the_recipes_are_recipes(path, tmp_path, monkeypatch):
     assert recipe.training["output_dir"].endswith(f"on_policy_{path.stem}")
     text = path.read_text("utf-8")
     assert text.startswith("# ") and f"hfkd train recipes/on_policy/{path.name}" in text
+
+
+@pytest.mark.parametrize("mode", ["colocate", "server"])
+def test_a_recipe_for_vllm_is_a_recipe(mode, monkeypatch, tmp_path):
+    """One line of the command turns the generation over to vLLM; where it runs can't be tried here."""
+    monkeypatch.chdir(tmp_path)
+    changes = ["data.generation.backend=vllm", f"data.generation.vllm={{mode: {mode}}}"]
+    recipe = load_recipe(str(RECIPES[0].parent / "reverse_kl.yaml"), changes)
+    assert recipe.data.generation.vllm == {"mode": mode}
+    assert build(recipe, dry=True).objective.terms
+    with pytest.raises(ValueError, match=r"data\.generation\.vllm"):
+        load_recipe(str(RECIPES[0].parent / "reverse_kl.yaml"), changes[1:])
