@@ -154,7 +154,7 @@ class Head:
         """
         base = base_model_of(model)
         layer = _active(base.get_output_embeddings())
-        if _kind(layer) is not nn.Linear:
+        if kind_of(layer) is not nn.Linear:
             raise HeadError(_not_linear(base, layer))
         if not layer.weight.is_floating_point():
             raise HeadError(
@@ -246,8 +246,8 @@ def _active(layer: nn.Module | None) -> nn.Module | None:
     return layer.modules_to_save[layer.active_adapters[0]]
 
 
-def _kind(layer: nn.Module | None) -> type:
-    """The class of a layer; `fully_shard` puts one of its own before it."""
+def kind_of(layer: nn.Module | None) -> type:
+    """The class of a layer itself; `fully_shard` puts one of its own before it."""
     return type(layer).__bases__[1] if isinstance(layer, FSDPModule) else type(layer)
 
 

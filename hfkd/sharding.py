@@ -11,8 +11,8 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import PartialState, cpu_offload
@@ -20,12 +20,12 @@ from accelerate.utils import DistributedType, str_to_bool
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from hfkd.distributed import largest_and_smallest
-from hfkd.rows import base_model_of
-from hfkd.zero import has_engine, shard_for_inference, zero_stage
+from hfkd.rows import base_model_of, kind_of
+from hfkd.zero import has_engine, is_partitioned, shard_for_inference, zero_stage
 
 logger = logging.getLogger(__name__)
 
@@ -46,9 +46,6 @@ class Launch:
     num_processes: int = 1
     is_fsdp2: bool = False
     is_zero3: bool = False
-
-    distributed_type: ClassVar[DistributedType] = DistributedType.NO
-    """DeepSpeed's engines need the accelerator: until there is one, a model that speaks is whole on each process."""
 
     @classmethod
     def of(cls, args: Any) -> Launch:
@@ -101,7 +98,7 @@ class Placement:
             if isinstance(weight, DTensor):
                 kind, shards = "fsdp2", max(shards, weight.device_mesh.size())
                 here[str(weight.to_local().device)] += _size(weight.to_local())
-            elif hasattr(weight, "ds_numel"):
+            elif is_partitioned(weight):
                 kind, shards = "zero3", max(shards, PartialState().num_processes)
                 here[str(weight.ds_tensor.device)] += weight.ds_tensor.numel() * weight.element_size()
                 whole += weight.ds_numel * weight.element_size()
@@ -111,10 +108,6 @@ class Placement:
             whole += _size(weight)
         device = here.most_common(1)[0][0] if here else "none"
         return cls("streamed" if offloaded else kind, shards, here.total(), whole, device)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, for logs and the run record."""
-        return asdict(self)
 
 
 def place(model: nn.Module, launch: Any, offload: bool = False) -> nn.Module:
@@ -158,7 +151,7 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     """
     base = base_model_of(model)
     names = set(getattr(base, "_no_split_modules", None) or ())
-    found = [module for module in model.modules() if _class_name(module) in names]
+    found = [module for module in model.modules() if kind_of(module).__name__ in names]
     if not found:
         raise ValueError(
             f"{type(base).__name__} can't be sharded: its layers can't be found (`_no_split_modules` is "
@@ -182,7 +175,7 @@ def ends_share_behind_a_copy(base: nn.Module) -> bool:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether processes must run the model together, because each holds a part of its weights only."""
-    return any(isinstance(weight, DTensor) or hasattr(weight, "ds_numel") for weight in model.parameters())
+    return any(isinstance(weight, DTensor) or is_partitioned(weight) for weight in model.parameters())
 
 
 @contextmanager
@@ -287,11 +280,6 @@ def _offloaded(model: nn.Module) -> list[Tensor]:
 
 def _size(weight: Tensor) -> int:
     return weight.numel() * weight.element_size()
-
-
-def _class_name(module: nn.Module) -> str:
-    kind = type(module)
-    return kind.__bases__[1].__name__ if isinstance(module, FSDPModule) else kind.__name__
 
 
 def fsdp_version(accelerator: Any) -> int | None:

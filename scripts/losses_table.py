@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from written_page import write_or_compare
 
 from hfkd.losses import LOSSES, STATE_LOSSES, StateLoss, StateRows, TokenLoss
 from hfkd.losses.base import docstring_section
@@ -37,13 +38,7 @@ Loss = TokenLoss | StateLoss
 
 def main(arguments: list[str]) -> int:
     """Write the table, or with `--check` say whether it is up to date."""
-    page = PAGE.read_text("utf-8")
-    fresh = renewed(page)
-    if "--check" in arguments:
-        print("docs/losses.md is up to date" if fresh == page else f"docs/losses.md is out of date: run {COMMAND}")
-        return int(fresh != page)
-    PAGE.write_text(fresh, "utf-8")
-    return 0
+    return write_or_compare(PAGE, renewed, COMMAND, arguments)
 
 
 def renewed(page: str) -> str:

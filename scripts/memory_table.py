@@ -9,6 +9,8 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from written_page import write_or_compare
+
 from hfkd.memory import ModelSize, Setup, memory
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "scaling.md"
@@ -42,13 +44,7 @@ BILLION = 1e9
 
 def main(arguments: list[str]) -> int:
     """Write the tables, or with `--check` say whether they are up to date."""
-    page = PAGE.read_text("utf-8")
-    fresh = renewed(page)
-    if "--check" in arguments:
-        print("docs/scaling.md is up to date" if fresh == page else f"docs/scaling.md is out of date: run {COMMAND}")
-        return int(fresh != page)
-    PAGE.write_text(fresh, "utf-8")
-    return 0
+    return write_or_compare(PAGE, renewed, COMMAND, arguments)
 
 
 def renewed(page: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +63,9 @@ def main(folder: Path, stage: int, cases: list[str]) -> None:
         with deepspeed.zero.GatheredParameters(list(trainer.model.parameters())):
             after = whole_weights(trainer.model)
         results[case] = {"losses": losses(trainer), "before": before, "after": after}
-        results[case] |= {"type": trainer.accelerator.distributed_type.value, "student": student.to_dict()}
+        results[case] |= {"type": trainer.accelerator.distributed_type.value, "student": asdict(student)}
         if case.split()[1] == "local":
-            results[case]["teacher"] = Placement.of(trainer.teacher.own_model).to_dict()
+            results[case]["teacher"] = asdict(Placement.of(trainer.teacher.own_model))
         evaluated = trainer.evaluate(trainer.train_dataset)
         results[case]["eval_loss"] = evaluated["eval_loss"]
     torch.save(results, folder / f"zero{stage}-{PartialState().process_index}.pt")
