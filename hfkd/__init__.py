@@ -43,6 +43,8 @@ _HOMES = {
     "Source": "hfkd.data.load",
     "load_rows": "hfkd.data.load",
     "evaluate_k_shot": "hfkd.eval.k_shot",
+    "measure_fidelity": "hfkd.eval.fidelity",
+    "KShotCallback": "hfkd.eval.tracking",
     "load_recipe": "hfkd.recipe",
     "run_recipe": "hfkd.run",
 }

@@ -30,8 +30,19 @@ class Steps(TrainerCallback):
         self.trainer = trainer
         self._told = 0.0
 
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Callbacks that log figures of their own hear whose they are."""
+        self._introduce()
+
+    def _introduce(self) -> None:
+        """Give the trainer to the callbacks that wait for one: those with an attribute `trainer` that is None."""
+        for callback in self.trainer.callback_handler.callbacks:
+            if getattr(callback, "trainer", self) is None:
+                callback.trainer = self.trainer
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The first weights and temperatures; a schedule that can't be over in time is refused here."""
+        self._introduce()  # those that came later, too
         writer = self.trainer.writer
         own_text = writer is not None and bool(writer.mixture.shares.get("student"))
         self.trainer.objective.check_schedules(state.max_steps, own_text)

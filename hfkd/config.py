@@ -5,15 +5,20 @@ What is learned (terms, teacher, prompts) isn't set here; how it is run is.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from hfkd.compatibility import check_processes
 
 RUN_POLICIES = ("refuse", "resume", "overwrite")
+# The packages of which one must be installed for a tracker; the others check for themselves when the trainer is made.
+_TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "trackio": ("trackio",), "wandb": ("wandb",)}
 
 
 @dataclass
@@ -67,6 +72,7 @@ class DistillationConfig(TrainingArguments):
         """Check what can't work."""
         check_processes(self.use_cpu, self.fsdp)  # before torch fails on a device that isn't there
         super().__post_init__()
+        _check_trackers(self.report_to)
         loading = self.model_init_kwargs if isinstance(self.model_init_kwargs, dict) else {}
         self._refuse(
             isinstance(self.hub_token, str) or isinstance(loading.get("token"), str),
@@ -99,3 +105,20 @@ class DistillationConfig(TrainingArguments):
     def _refuse(wrong: bool, text: str) -> None:
         if wrong:
             raise ValueError(f"DistillationConfig: {text}. Leave it at its default or correct it.")
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    """Refuse a tracker that can't be reached now: Trainer would say so once the models are loaded, and a recipe once
+    the student has been asked.
+    """
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ValueError(
+                f"DistillationConfig: report_to names {name!r}, which is no tracker; expected none, all, or some of "
+                f"{', '.join(INTEGRATION_TO_CALLBACK)}."
+            )
+        if name in _TRACKERS and not any(map(find_spec, _TRACKERS[name])):
+            raise ValueError(
+                f"DistillationConfig: report_to names {name!r}, which isn't installed. Run `pip install {name}`, or "
+                "take it out of report_to."
+            )

@@ -20,8 +20,6 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch import nn
-from transformers import Trainer
-from transformers import trainer as module
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from hfkd.checkpoint import (
@@ -41,6 +39,7 @@ from hfkd.errors import CheckpointError, CheckpointNotSaved
 from hfkd.faults import StepWatch, clipped, not_saved
 from hfkd.masking import shareable_text
 from hfkd.preemption import Preemption, evaluate_what_is_owed
+from hfkd.publishing import PublishingTrainer
 from hfkd.record import UNFINISHED, check_writable, checkpoints, rows_fingerprint
 from hfkd.rollout.on_policy import Writer
 from hfkd.sharding import own_names
@@ -51,7 +50,7 @@ logger = logging.getLogger(__name__)
 _SAMPLED_ROWS = 256
 
 
-class LongRunTrainer(Trainer):
+class LongRunTrainer(PublishingTrainer):
     """A `Trainer` whose checkpoints are whole or not there, and whose run goes on exactly where it was.
 
     A subclass sets `objective`, `teacher` and `writer`, whose states are kept beside the student's.
@@ -255,15 +254,9 @@ class LongRunTrainer(Trainer):
         return str(self._drafts) if self._drafts is not None else super()._get_output_dir(trial)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Not before it is in its place; and without the pickle of the settings, which `_save` doesn't keep either."""
-        if self._drafts is not None:
-            return
-        module.TRAINING_ARGS_NAME = f"_{TRAINING_ARGS_NAME}"  # uploads leave out names that begin like this
-        try:
+        """Not before it is in its place."""
+        if self._drafts is None:
             super()._push_from_checkpoint(checkpoint_folder)
-        finally:
-            module.TRAINING_ARGS_NAME = TRAINING_ARGS_NAME
-            (Path(self.args.output_dir) / f"_{TRAINING_ARGS_NAME}").unlink(missing_ok=True)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in `Trainer`; and whole where checkpoints hold shards, of which Trainer makes no model."""

@@ -16,7 +16,7 @@ _SECRET_KEY = re.compile(
     r"(^|_)(token|secret|passw(or)?d|(api|access|private|secret)_?key|credentials?|authorization)$", re.IGNORECASE
 )
 _MARKER_KEY = re.compile(r"^(pad|eos|bos|unk|sep|cls|mask|decoder_start|image|stop|additional_special)_token$")
-_SECRET_TEXT = (
+KNOWN_SECRETS = (
     re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{8,}"),
     re.compile(r"\b(?:sk|rk)-[A-Za-z0-9_-]{16,}"),
     re.compile(
@@ -82,7 +82,7 @@ def mask_text(text: str) -> str:
 
 def mask_secrets(text: str) -> str:
     """A text without what looks like a token or an assigned secret; paths stay."""
-    for pattern in _SECRET_TEXT:
+    for pattern in KNOWN_SECRETS:
         text = pattern.sub(MASK, text)
     for pattern in _ASSIGNMENTS:
         text = pattern.sub(_without_value, text)

@@ -10,14 +10,15 @@
 `n` is the number of processes. DDP and one process divide nothing, ZeRO-2 divides gradients and state, FSDP2 and
 ZeRO-3 all three. Weights, gradients and state are exact, all else is an estimate: activations of layers in 16 bits,
 with an attention that keeps no matrix of scores. What the communication, the allocator and the framework take isn't
-counted: leave a fifth of the device for it.
+counted: leave a fifth of the device for it. Of a recipe's own models, texts and losses `hfkd.preflight.memory` knows
+more: it runs a step without numbers, and takes from here only what shards divide and gather.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 Sharding = Literal["none", "zero2", "full"]
 TeacherPlace = Literal["like_student", "replicated", "offloaded", "cached", "adapter_off"]
@@ -47,6 +48,25 @@ class ModelSize:
     hidden: int
     vocabulary: int
     tied: bool = False
+
+    @classmethod
+    def of(cls, model: Any) -> ModelSize:
+        """Read them off a model and its configuration.
+
+        Args:
+            model: A causal LM of transformers, its weights there or not; an adapter is no part of its size.
+        """
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        config = model.config.get_text_config()
+        embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+        own = [weight for name, weight in model.named_parameters() if "lora_" not in name]
+        return cls(
+            sum(weight.numel() for weight in own),
+            config.num_hidden_layers,
+            config.hidden_size,
+            config.vocab_size,
+            head is None or head.weight is embeddings.weight,
+        )
 
     @property
     def head(self) -> int:
@@ -140,19 +160,18 @@ def memory(student: ModelSize, teacher: ModelSize | None, setup: Setup) -> Memor
         [2.0, 2.0, 4.0]
     """
     _check(teacher, setup)
-    n = setup.processes
-    weight_parts, other_parts = {"none": (1, 1), "zero2": (1, n), "full": (n, n)}[setup.sharding]
+    share = shares(setup)
     width = BYTES[setup.student_dtype]
     learned = setup.learning * student.parameters
     adapter = learned * _WIDE if setup.learning < 1 else 0.0
     gradient_width = width if setup.learning == 1 else _WIDE
     speaks, cpu = _teacher(teacher, setup)
     return Memory(
-        weights=(student.parameters * width + adapter) / weight_parts,
-        gradients=learned * gradient_width / other_parts,
-        optimizer=learned * setup.state_bytes / other_parts,
+        weights=(student.parameters * width + adapter) * share["weights"],
+        gradients=learned * gradient_width * share["gradients"],
+        optimizer=learned * setup.state_bytes * share["optimizer"],
         teacher=speaks,
-        gathered=_gathered(student, teacher, setup),
+        gathered=gathered(student, teacher, setup),
         activations=_activations(student, setup),
         objective=_objective(student, teacher, setup),
         cpu=cpu,
@@ -178,14 +197,31 @@ def _teacher(teacher: ModelSize | None, setup: Setup) -> tuple[float, float]:
     """Bytes of the teacher's weights on the device, and in CPU memory."""
     if teacher is None or setup.teacher in ("cached", "adapter_off"):
         return 0.0, 0.0
-    whole = teacher.parameters * BYTES[setup.teacher_dtype]
-    parts = setup.processes if setup.sharding == "full" and setup.teacher != "replicated" else 1
-    return (0.0, whole / parts) if setup.teacher == "offloaded" else (whole / parts, 0.0)
+    here = teacher.parameters * BYTES[setup.teacher_dtype] * shares(setup)["teacher"]
+    return (0.0, here) if setup.teacher == "offloaded" else (here, 0.0)
 
 
-def _gathered(student: ModelSize, teacher: ModelSize | None, setup: Setup) -> float:
-    """The larger of the two models' layers, which run one after the other; and the heads, which the objective reads
-    together.
+def shares(setup: Setup) -> dict[str, float]:
+    """How much of the weights, the gradients, the optimizer's state and the teacher's weights each process has, on its
+    device or beside it: 1, or 1 / n of what lies in shards.
+
+    Args:
+        setup: How the run is laid out.
+    """
+    n = setup.processes
+    whole, others = {"none": (1, 1), "zero2": (1, n), "full": (n, n)}[setup.sharding]
+    teacher = n if setup.sharding == "full" and setup.teacher != "replicated" else 1
+    return {"weights": 1 / whole, "gradients": 1 / others, "optimizer": 1 / others, "teacher": 1 / teacher}
+
+
+def gathered(student: ModelSize, teacher: ModelSize | None, setup: Setup) -> float:
+    """What is whole for a moment: the larger of the two models' layers, which run one after the other; and the heads,
+    which the objective reads together. Bytes.
+
+    Args:
+        student: The model that learns.
+        teacher: The model that speaks; None where there is none.
+        setup: How the run is laid out.
     """
     layers, heads, in_shards = [0.0], 0.0, setup.sharding == "full" and setup.processes > 1
     if in_shards:

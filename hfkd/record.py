@@ -34,7 +34,10 @@ GOLD_BASELINE = "gold_baseline"
 """The folder, in that of a run, of the fine-tuning that it is compared with."""
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "trl", "hfkd")
 # What one run leaves in its folder besides checkpoints and the weights, which the next save replaces.
-_RUN_FILES = (RECORD_NAME, "report.json", "plot.png", "recipe.yaml", "README.md", "teacher_answers.jsonl")
+_RUN_FILES = (
+    *(RECORD_NAME, "report.json", "report.html", "predictions.jsonl", "recipe.yaml", "README.md"),
+    *("plots/*.png", "teacher_answers.jsonl"),
+)
 # A full model that stays beside a new adapter would be loaded, or uploaded, with it.
 _WEIGHT_FILES = (
     "*.safetensors",
@@ -57,6 +60,7 @@ _FREE_TRAINING_KEYS = re.compile(
 # Free too, unless what an evaluation finds changes the weights that are kept.
 _EVALUATION_KEYS = re.compile(r"^eval_.*$")
 _BY_EVALUATION = ("reduce_lr_on_plateau", "greedy")
+_WATCHED = ("fidelity", "samples")  # of `evaluation`: measured or shown, and nothing follows from them
 _NOT_SET, _SHOWN = "not set", 80
 
 
@@ -76,11 +80,14 @@ class RunRecord:
     versions: dict[str, str] = dataclasses.field(default_factory=lambda: package_versions())
     hardware: dict[str, Any] = dataclasses.field(default_factory=lambda: describe_hardware())
     student: dict[str, Any] = dataclasses.field(default_factory=dict)
+    parameters: dict[str, int] = dataclasses.field(default_factory=dict)
+    origins: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     data: dict[str, Any] = dataclasses.field(default_factory=dict)
     teacher: dict[str, Any] = dataclasses.field(default_factory=dict)
     objective: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
     durations: dict[str, float] = dataclasses.field(default_factory=dict)
+    energy: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The record as it is written: masked, and plain enough for JSON."""
@@ -170,6 +177,8 @@ def _deciding(resolved: Mapping[str, Any]) -> dict[str, Any]:
     kept = {section: _without_secrets(section, value) for section, value in resolved.items() if section != "hub"}
     if (kept.get("teacher") or {}).get("cache") is not None:
         kept["teacher"] = {**kept["teacher"], "cache": "cached"}
+    if kept.get("evaluation") is not None:
+        kept["evaluation"] = {key: value for key, value in kept["evaluation"].items() if key not in _WATCHED}
     training = resolved.get("training") or {}
     decides = training.get("load_best_model_at_end") or training.get("lr_scheduler_type") in _BY_EVALUATION
     kept["training"] = {
@@ -356,8 +365,6 @@ def clear_output_folder(folder: str | Path) -> None:
     leftovers = [Path(folder) / UNFINISHED, Path(folder) / GOLD_BASELINE, *Path(folder).glob(f"{BATCHES}*")]
     for path in [*checkpoints(folder), *leftovers]:
         shutil.rmtree(path, ignore_errors=not path.exists())
-    for name in _RUN_FILES:
-        (Path(folder) / name).unlink(missing_ok=True)
-    for pattern in _WEIGHT_FILES:
+    for pattern in (*_RUN_FILES, *_WEIGHT_FILES):
         for path in Path(folder).glob(pattern):
             path.unlink()

@@ -6,7 +6,6 @@ import io
 import json
 import shutil
 from dataclasses import replace
-from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ import torch
 import yaml
 from caches import build, content, first_view, make_dataset, speaker
 from conftest import make_model, make_tokenizer
+from hub_server import hub_for
 from rich.console import Console
 from training import ROWS, make_trainer, run, trained_weights, worst_difference
 from typer.testing import CliRunner
@@ -23,10 +23,11 @@ from hfkd.batch import Batch
 from hfkd.cache import CacheError, Hidden, Manifest, Sampled, TopK
 from hfkd.cache.folder import alone_in
 from hfkd.cli.main import app
+from hfkd.hub import dataset_card, push_cache
 from hfkd.recipe import load_recipe
 from hfkd.record import OutputFolderError
 from hfkd.run import caching, run_recipe
-from hfkd.run.caching import build_cache, dataset_card, push_cache
+from hfkd.run.caching import build_cache
 from hfkd.run.expected import expected_contract, name_of, teacher_contract
 from hfkd.run.texts import answered_rows, answers_fingerprint, visited_rows
 from hfkd.run.texts import make_dataset as make_views
@@ -564,32 +565,17 @@ def test_a_padded_vocabulary_is_cut_to_the_students(folder: Path) -> None:
 
 def test_the_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a user types, from the options to the upload; a wrong option is said before anything is loaded."""
-    calls: list[tuple[str, dict]] = []
-
-    class Api:
-        def create_repo(self, repo_id: str, **settings) -> None:
-            calls.append(("create", {"repo_id": repo_id, **settings}))
-
-        def upload_folder(self, **settings) -> None:
-            calls.append(("upload", settings))
-
-        def upload_file(self, **settings) -> None:
-            calls.append(("card", settings))
-
-    monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    line = ["cache", "recipe.yaml", "--out", "cache", "--codec", "sampled", "--rounds", "20", "--compact"]
-    result = CliRunner().invoke(app, [*line, "--push", "me/cache", "student.dtype=float32"])
-    assert result.exit_code == 0, result.output
-    assert Manifest.read(folder / "cache").contract["codec"]["rounds"] == 20
-    assert calls[0] == ("create", {"repo_id": "me/cache", "repo_type": "dataset", "private": True, "exist_ok": True})
-    sent = calls[1][1]
-    assert sent["repo_type"] == "dataset" and sent["allow_patterns"][:2] == ["part-00000.parquet", "manifest.json"]
-    assert fnmatch(f"part-{10**6}.parquet", sent["delete_patterns"][0]), "shards of an older cache would be rows"
-    assert not fnmatch("part-mine.parquet", sent["delete_patterns"][0])
-    assert not (folder / "cache" / "README.md").exists(), "a run's own card may lie there"
-    assert calls[2][1]["path_in_repo"] == "README.md"
-    header = yaml.safe_load(calls[2][1]["path_or_fileobj"].decode().split("---")[1])
-    assert header["configs"] == [{"config_name": "default", "data_files": "part-*.parquet"}]
+    with hub_for(folder, monkeypatch) as hub:
+        line = ["cache", "recipe.yaml", "--out", "cache", "--codec", "sampled", "--rounds", "20", "--compact"]
+        result = CliRunner().invoke(app, [*line, "--push", "me/cache", "student.dtype=float32"])
+        assert result.exit_code == 0, result.output
+        assert Manifest.read(folder / "cache").contract["codec"]["rounds"] == 20
+        assert hub.repositories["dataset", "me/cache"].private and "Made me/cache, private." in result.output
+        sent = hub.files("me/cache", "dataset")
+        assert sent["part-00000.parquet"] == (folder / "cache/part-00000.parquet").read_bytes()
+        assert not (folder / "cache" / "README.md").exists(), "a run's own card may lie there"
+        misspelt = CliRunner().invoke(app, [*line, "--push", "cache"])
+        assert misspelt.exit_code == 2 and "Expected owner/name" in " ".join(misspelt.output.split())
     wrong = CliRunner().invoke(app, ["cache", "recipe.yaml", "--out", "x", "--codec", "hidden", "--k", "3"])
     assert wrong.exit_code == 2 and "--k belongs to --codec topk" in wrong.output
     other = CliRunner().invoke(app, [*line[:4], "--k", "3"])

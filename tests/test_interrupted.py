@@ -7,17 +7,15 @@ import os
 import shutil
 import signal
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import training
-import transformers.trainer
 from test_faults import At, kill
 from test_resume import Leaning
 from training import ROWS, make_trainer, trained_weights
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from hfkd import DistillationTrainer
 from hfkd.errors import CheckpointNotSaved, NonFiniteGradient, NonFiniteLoss, Preempted
@@ -133,25 +131,6 @@ def test_overwriting_removes_private_batches_and_the_baseline(tmp_path: Path) ->
         (tmp_path / name).mkdir(parents=True)
     clear_output_folder(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
-
-
-def test_a_push_from_a_checkpoint_leaves_no_pickle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trainer writes its settings, with this machine's paths, beside what it uploads."""
-    sent = []
-
-    class Hub:
-        def upload_folder(self, folder_path: str, ignore_patterns: Any = None, **kwargs: Any) -> None:
-            sent.extend(path.name for path in Path(folder_path).iterdir())
-
-    monkeypatch.setattr(transformers.trainer, "hf_api", Hub)
-    monkeypatch.setattr(Trainer, "init_hf_repo", lambda self, **_: setattr(self, "hub_model_id", "x/y"))
-    finished = SimpleNamespace(is_done=lambda: True, wait_until_done=lambda: None)
-    monkeypatch.setattr(transformers.trainer, "PushInProgress", lambda jobs: finished)
-    trainer = make_trainer(tmp_path, max_steps=1, push_to_hub=True, **EACH_STEP)
-    trainer.push_in_progress = None
-    trainer.train()
-    assert "adapter_model.safetensors" in sent and "training_args.bin" not in sent
-    assert not list(tmp_path.rglob("training_args.bin"))
 
 
 def test_room_on_the_disk_is_asked_for_where_it_is_missing_only(tmp_path: Path, monkeypatch: Any) -> None:

@@ -16,7 +16,14 @@ from rich.console import Console
 
 from hfkd.data.prompts import PromptBuilder, PromptStyle
 from hfkd.eval import k_shot
-from hfkd.eval.k_shot import KShotReport, chosen_demonstrations, evaluate_k_shot, gold_answer, score
+from hfkd.eval.k_shot import (
+    KShotReport,
+    chosen_demonstrations,
+    evaluate_k_shot,
+    gold_answer,
+    score,
+    wilson_interval,
+)
 from hfkd.rollout import Completion, HFRollout
 
 DEMONSTRATIONS = [{"prompt": word, "completion": f" {word}ed"} for word in ("walk", "call", "jump", "look")]
@@ -269,6 +276,27 @@ def test_cut_answers_are_mentioned(tokenizer, monkeypatch):
     report = evaluate_k_shot(None, tokenizer, ITEMS, [], Builder(tokenizer), shots=(0,))
     assert report.results[0].cut == 1
     assert "1 of 4 answers were cut" in " ".join(report.notes())
+
+
+def test_each_answer_is_kept_as_it_was_written(tokenizer, says):
+    """Prevents two runs from being compared by what an extractor left of them, and a right answer from being another
+    item's."""
+    says(tokenizer, lambda text: f" {asked(text)}ed \n" if "ask" in text or "add" in text else " what?")
+    result = evaluate_k_shot(None, tokenizer, ITEMS, [], Builder(tokenizer), shots=(0,)).results[0]
+    assert result.texts == [" what?", " asked \n", " added \n", " what?"]
+    assert result.right == [False, True, True, False]
+    assert result.predictions == ["what?", "asked", "added", "what?"]
+    assert result.interval == wilson_interval(2, 4)
+
+
+@pytest.mark.parametrize(
+    ("right", "items", "low", "high"),
+    [(5, 10, 0.236593, 0.763407), (0, 10, 0.0, 0.277533), (10, 10, 0.722467, 1.0), (81, 263, 0.255306, 0.366191)],
+)
+def test_wilsons_interval(right, items, low, high):
+    """Prevents an interval of width 0 for a model that answered ten questions of ten. 81 of 263 is Newcombe's (1998)
+    example; 5 of 10 and 0 of 10 are the formula by hand."""
+    assert wilson_interval(right, items) == pytest.approx((low, high), abs=2e-4)
 
 
 def test_report_is_json():

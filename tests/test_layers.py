@@ -35,6 +35,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "schedules",
         "named",
         "masking",
+        "uploads",
     ),
     ("losses", "terms", "plan", "chunks", "objective", "data", "cache"),
     ("teachers", "rollout"),
@@ -53,11 +54,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "preemption",
         "faults",
         "long_runs",
+        "publishing",
         "trainer",
+        "origins",
+        "energy",
     ),
     ("eval", "card", "hub"),
     (
-        *("recipe", "run"),
+        *("recipe", "run", "preflight"),
         *("cli", "__main__"),
     ),
 )

@@ -195,7 +195,7 @@ def test_wrong_overrides(recipe_file: Path, override: str, words: str) -> None:
             ["training.per_device_train_batch_size=0"],
             "training.per_device_train_batch_size: got 0; expected at least 1",
         ),
-        (["training.eval_strategy=steps"], "training.eval_strategy: got 'steps'; a recipe asks its questions before"),
+        (["training.eval_strategy=steps", "evaluation=null"], "training.eval_strategy: got 'steps', and there is no"),
         (["loss.terms=[{weight: 1}]"], "loss.terms.0.kind: is required and is not given"),
         (["loss.terms.0.kind=forwrd_kl"], "loss.terms.0.kind: there is no loss 'forwrd_kl'; did you mean forward_kl"),
         (

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import IterableDataset
 from training import ROWS, lora, make_trainer, trained_weights
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from hfkd import DistillationTrainer, EmaTeacher, GenerationSettings, HFRollout, LocalTeacher, OffPolicyBuffer
 from hfkd.checkpoint import FORMAT, MANIFEST, inspect
@@ -27,6 +27,7 @@ from hfkd.data.collate import DistillationCollator
 from hfkd.errors import CheckpointError, CheckpointNotSaved, NothingToLearn, Preempted
 from hfkd.losses import Divergence
 from hfkd.objective import Objective, Term
+from hfkd.publishing import PublishingTrainer
 from hfkd.record import UNFINISHED
 from hfkd.rollout.base import Completion
 from hfkd.rollout.watch import Watch
@@ -325,8 +326,10 @@ def test_the_best_checkpoint_stays_and_is_loaded(tmp_path: Path) -> None:
 def test_what_is_pushed_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An upload begins while training goes on: of a folder that is about to be moved it would find nothing."""
     pushed = []
-    monkeypatch.setattr(Trainer, "init_hf_repo", lambda *args, **kwargs: None)
-    monkeypatch.setattr(Trainer, "_push_from_checkpoint", lambda self, path: pushed.append(inspect(Path(path)).kind))
+    monkeypatch.setattr(PublishingTrainer, "init_hf_repo", lambda *args, **kwargs: None)
+    monkeypatch.setattr(
+        PublishingTrainer, "_push_from_checkpoint", lambda self, path: pushed.append(inspect(Path(path)).kind)
+    )
     trainer = short(tmp_path, push_to_hub=True, save_only_model=True, max_steps=2)
     trainer.push_in_progress = None
     trainer.train()

@@ -10,10 +10,11 @@ import pytest
 import yaml
 from conftest import make_model, make_tokenizer
 from huggingface_hub import ModelCard
-from huggingface_hub.utils import filter_repo_objects
 from rich.console import Console
 
 import hfkd.run.build
+import hfkd.run.conduct
+import hfkd.run.outcome
 from hfkd.config import DistillationConfig
 from hfkd.errors import CheckpointError, VocabularyError
 from hfkd.recipe import RecipeError, load_recipe
@@ -84,7 +85,11 @@ def test_a_whole_run(folder: Path) -> None:
     )
     out = folder / "out"
     names = {path.name for path in out.iterdir()}
-    assert {"run.json", "report.json", "plot.png", "README.md", "recipe.yaml", "teacher_answers.jsonl"} <= names
+    assert {"run.json", "report.json", "report.html", "README.md", "recipe.yaml", "teacher_answers.jsonl"} <= names
+    assert {"plots", "predictions.jsonl"} <= names
+    assert {"loss.png", "accuracy.png", "reliability.png", "agreement.png"} <= {
+        path.name for path in (out / "plots").iterdir()
+    }
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= names
     report = json.loads((out / "report.json").read_text())
     assert report["k_shot"].keys() == {"before", "after", "gold"}
@@ -96,10 +101,23 @@ def test_a_whole_run(folder: Path) -> None:
     }
     assert report["forgetting"][0]["k_shot"].keys() == {"before", "after", "gold"}
     assert [entry["step"] for entry in report["loss_history"]] == [1, 2]
+    assert report["fidelity"].keys() == {"before", "after"}
+    assert report["fidelity"]["before"]["texts"] == 4 and report["fidelity"]["before"]["forward_kl"] > 0
+    lines = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    assert {(line["stage"], line["shots"]) for line in lines} >= {("before", 0), ("after", 2), ("gold", 0)}
+    right = [
+        line["right"]
+        for line in lines
+        if (line["task"], line["stage"], line["shots"]) == (lines[0]["task"], "after", 2)
+    ]
+    assert sum(right) / len(right) == report["k_shot"]["after"]["2"]
     record = json.loads((out / "run.json").read_text())
     assert record["status"] == "finished"
     assert record["command"] == ["hfkd", "train", "recipe.yaml"]
     assert record["teacher"]["weights"] == "adapter_off"
+    assert record["objective"][0]["formula"].startswith("KL(") and "arxiv" in record["objective"][0]["paper"]
+    assert 0 < record["parameters"]["trained"] < record["parameters"]["total"]
+    assert record["origins"]["student"]["source"] == "folder"
     assert record["data"]["train"]["rows"] == len(VERBS) - 4 - 4
     assert record["data"]["training_examples"]["examples"] > 0
     assert ModelCard((out / "README.md").read_text()).data.library_name == "peft"
@@ -120,9 +138,10 @@ def test_the_adapter_is_what_was_evaluated(folder: Path) -> None:
     with_adapter = evaluate_recipe(recipe, adapter=Path("out"), json_path=Path("scores.json"), console=console)
     without = evaluate_recipe(recipe, console=console)
     details = report["k_shot_details"]
-    assert with_adapter["details"] == details["after"]
-    assert without["details"] == details["before"]
-    assert json.loads(Path("scores.json").read_text())["k_shot"] == report["k_shot"]["after"]
+    assert with_adapter["results"]["after"]["k_shot"]["result"]["details"] == details["after"]
+    assert without["results"]["before"]["k_shot"]["result"]["details"] == details["before"]
+    kept = json.loads(Path("scores.json").read_text())["results"]["after"]["k_shot"]["result"]
+    assert kept["k_shot"] == report["k_shot"]["after"]
 
 
 @pytest.mark.parametrize(
@@ -453,25 +472,25 @@ def test_evaluate_refuses_what_is_no_adapter(folder: Path) -> None:
         evaluate_recipe(load_recipe("recipe.yaml", ["evaluation=null"]))
 
 
-def test_push_sends_the_card_and_no_checkpoints(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Checkpoints hold optimizer states, and the teacher's answers may be private."""
-    calls: dict[str, dict] = {}
+def test_a_push_is_tried_before_and_a_failure_keeps_the_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token that is refused after a night of training has cost the night; a broken line at the end must not."""
+    calls: list[tuple] = []
 
-    class Hub:
-        def create_repo(self, name: str, **settings: object) -> None:
-            calls["create"] = {"name": name, **settings}
+    def refused(*_: object, **__: object) -> None:
+        raise OSError("the hub refuses this token")
 
-        def upload_folder(self, **settings: object) -> None:
-            calls["upload"] = settings
-
-    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
-    run("hub={push: true, repo_id: me/it}", "evaluation=null")
-    assert calls["create"] == {"name": "me/it", "private": True, "exist_ok": True}
-    private = ["checkpoint-2/optimizer.pt", "teacher_answers.jsonl", "_unfinished/checkpoint-3/model.safetensors"]
-    private += ["_nonfinite-step-3/process-0/batches.safetensors", "nonfinite-step-3/process-0/batches.safetensors"]
-    offered = ["README.md", "adapter_model.safetensors", "base/model.safetensors"]
-    sent = filter_repo_objects([*private, *offered], ignore_patterns=calls["upload"]["ignore_patterns"])
-    assert list(sent) == offered
+    monkeypatch.setattr(hfkd.run.conduct, "check_push", refused)
+    with pytest.raises(OSError, match="refuses this token"):
+        run("hub={push: true, repo_id: me/it, base: me/base}", "evaluation=null")
+    assert not Path("out/run.json").exists(), "nothing was trained"
+    monkeypatch.setattr(hfkd.run.conduct, "check_push", lambda *given, **settings: calls.append((given, settings)))
+    monkeypatch.setattr(hfkd.run.outcome, "push", refused)
+    words = io.StringIO()
+    with pytest.raises(OSError, match="refuses this token"):
+        run("hub={push: true, repo_id: me/it, base: me/base}", "evaluation=null", words=words)
+    assert calls == [(("me/it",), {"private": True})]
+    assert json.loads(Path("out/run.json").read_text())["status"] == "finished"
+    assert "hfkd push out me/it --base me/base" in words.getvalue()
 
 
 @pytest.mark.parametrize("members", [False, True])

@@ -249,9 +249,8 @@ def test_an_adapter_on_a_cut_student(folder: Path) -> None:
     assert "which lies in `base/` beside it" in Path("out/README.md").read_text()
     details = json.loads(Path("out/report.json").read_text())["k_shot_details"]["after"]
     console = Console(file=io.StringIO())
-    assert (
-        evaluate_recipe(load_recipe("recipe.yaml", more), adapter=Path("out"), console=console)["details"] == details
-    )
+    found = evaluate_recipe(load_recipe("recipe.yaml", more), adapter=Path("out"), console=console)
+    assert found["results"]["after"]["k_shot"]["result"]["details"] == details
 
 
 @pytest.mark.parametrize(

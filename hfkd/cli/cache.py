@@ -49,13 +49,16 @@ def cache(
 
         from hfkd.cache import make_codec
         from hfkd.cli.quiet import quiet_libraries
-        from hfkd.run.caching import build_cache, push_cache
+        from hfkd.hub import check_repo_id, push_cache
+        from hfkd.run.caching import build_cache
 
         quiet_libraries()
+        if push is not None:
+            check_repo_id(push)  # before hours of building
         made = make_codec(codec, **settings)
         build_cache(loaded, out, made, temperature=temperature, batch_size=batch_size, overwrite=overwrite)
         if push is not None and _first_process():
-            push_cache(out, push, private=not public)
+            push_cache(out, push, private=not public, say=typer.echo)
 
 
 def _settings(codec: str, given: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,11 @@ from typing import Annotated
 import typer
 
 from hfkd.cli.cache import cache
+from hfkd.cli.card import card
+from hfkd.cli.check import check
+from hfkd.cli.compare import compare
 from hfkd.cli.evaluate import evaluate
+from hfkd.cli.push import push
 from hfkd.cli.train import train
 
 app = typer.Typer(
@@ -42,6 +46,5 @@ def root(
     """Knowledge distillation of causal language models."""
 
 
-app.command()(train)
-app.command()(evaluate)
-app.command()(cache)
+for command in (check, train, cache, evaluate, compare, card, push):
+    app.command()(command)

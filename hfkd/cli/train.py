@@ -13,7 +13,7 @@ from hfkd.cli.reading import read_recipe
 
 
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A YAML recipe.")],
+    recipe: Annotated[Path, typer.Argument(help="A recipe, YAML or JSON.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as training.max_steps=30.")
     ] = None,

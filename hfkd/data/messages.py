@@ -107,3 +107,8 @@ def completion_text(row: Row) -> str:
     if not has_messages(row) and isinstance(row.get("completion"), str):
         return row["completion"].strip()
     return text_of(completion_messages(row)[-1].get("content")).strip()
+
+
+def text_key(row: Row) -> str:
+    """The whole text as it is compared with others, for rows whose prompt is only the beginning of a passage."""
+    return f"{prompt_key(row)} {' '.join(completion_text(row).casefold().split())}"

@@ -7,7 +7,7 @@ message. Nothing is tokenized here.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,14 @@ class Splits:
     evaluation: list[dict[str, Any]]
 
 
-def split_rows(rows: Sequence[dict], *, demonstrations: int, evaluation: int, seed: int) -> Splits:
+def split_rows(
+    rows: Sequence[dict],
+    *,
+    demonstrations: int,
+    evaluation: int,
+    seed: int,
+    key: Callable[[Row], str] = prompt_key,
+) -> Splits:
     """Shuffle rows and deal them out: first the demonstrations, then the evaluation items, the rest is for training.
 
     Prompts are unique among demonstrations and evaluation items. Further rows with such a prompt are left out of
@@ -38,6 +45,8 @@ def split_rows(rows: Sequence[dict], *, demonstrations: int, evaluation: int, se
         demonstrations: How many demonstrations.
         evaluation: How many evaluation items.
         seed: Of the shuffle; the same rows and seed give the same parts everywhere.
+        key: What two rows that count as the same have in common: their prompt, or the whole text of a passage
+            (`hfkd.data.messages.text_key`).
 
     Raises:
         ValueError: A number is negative, or too few different prompts are there to leave one row for training.
@@ -52,15 +61,15 @@ def split_rows(rows: Sequence[dict], *, demonstrations: int, evaluation: int, se
     taken: set[str] = set()
     for index in order:
         row = dict(rows[index])
-        key = prompt_key(row)
-        if key in taken:
+        same = key(row)
+        if same in taken:
             continue
         part = 0 if len(parts[0]) < demonstrations else 1 if len(parts[1]) < evaluation else 2
         parts[part].append(row)
         if part < 2:
-            taken.add(key)
+            taken.add(same)
     if not parts[2]:
-        different = len({prompt_key(row) for row in rows})
+        different = len({key(row) for row in rows})
         raise ValueError(
             f"{len(rows)} rows with {different} different prompts are too few for {demonstrations} "
             f"demonstrations, {evaluation} evaluation items and at least one training row; give more rows or ask "
@@ -69,19 +78,26 @@ def split_rows(rows: Sequence[dict], *, demonstrations: int, evaluation: int, se
     return Splits(train=parts[2], demonstrations=parts[0], evaluation=parts[1])
 
 
-def check_leakage(demonstrations: Sequence[Row], evaluation: Sequence[Row]) -> None:
+def check_leakage(
+    demonstrations: Sequence[Row], evaluation: Sequence[Row], key: Callable[[Row], str] = prompt_key
+) -> None:
     """Refuse demonstrations that an evaluation would ask for: their answers stand in the prompt.
+
+    Args:
+        demonstrations: Rows that are shown.
+        evaluation: Rows that are asked.
+        key: As in `split_rows`.
 
     Raises:
         LeakageError: Names the first prompt that both have.
     """
-    shown = {prompt_key(row): number for number, row in enumerate(demonstrations)}
+    shown = {key(row): number for number, row in enumerate(demonstrations)}
     for number, row in enumerate(evaluation):
-        key = prompt_key(row)
-        if key in shown:
-            text = key if len(key) <= 200 else key[:197] + "..."
+        same = key(row)
+        if same in shown:
+            text = same if len(same) <= 200 else same[:197] + "..."
             raise LeakageError(
-                f"evaluation item {number} has the prompt of demonstration {shown[key]}: {text!r}; take it out of "
+                f"evaluation item {number} has the prompt of demonstration {shown[same]}: {text!r}; take it out of "
                 "one of them, or draw both with `split_rows`, which keeps them apart"
             )
 

@@ -12,6 +12,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from statistics import NormalDist
 from typing import Any
 
 from rich.markup import escape
@@ -27,6 +28,7 @@ from hfkd.rollout.base import GenerationSettings
 from hfkd.rollout.hf import HFRollout
 
 _LONGEST_QUOTE = 30
+_Z = NormalDist().inv_cdf(0.975)
 
 
 @dataclass
@@ -47,6 +49,9 @@ class ShotResult:
         predictions: The extracted answers in the order of the items; empty where none was found.
         distinct_gold_answers: How many different gold answers there are.
         cut: Answers that reached the limit of tokens before they ended.
+        texts: What the model wrote, whole, in the order of the items.
+        right: Whether each prediction is the gold answer, in the same order.
+        interval: 95 % interval of the accuracy after Wilson, which is sound for few items and near 0 and 1.
     """
 
     shots: int
@@ -62,6 +67,13 @@ class ShotResult:
     predictions: list[str] = field(default_factory=list)
     distinct_gold_answers: int = 0
     cut: int = 0
+    texts: list[str] = field(default_factory=list)
+    right: list[bool] = field(default_factory=list)
+    interval: tuple[float, float] = (0.0, 1.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON values."""
+        return {**asdict(self), "interval": list(self.interval)}
 
 
 @dataclass
@@ -76,7 +88,7 @@ class KShotReport:
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """All fields as JSON values, the number of demonstrations as a string."""
-        return {str(shots): asdict(result) for shots, result in self.results.items()}
+        return {str(shots): result.to_dict() for shots, result in self.results.items()}
 
     def accuracies(self) -> dict[str, float]:
         """Only the accuracies, as fractions, the number of demonstrations as a string."""
@@ -168,6 +180,7 @@ def evaluate_k_shot(
         completions = rollout.generate(model, prompts, f"{description}, {_shots(count)}" if description else None)
         predictions = [EXTRACTORS[extract](completion.text) for completion in completions]
         results[count] = score(count, predictions, golds, tolerance)
+        results[count].texts = [completion.text for completion in completions]
         results[count].cut = sum(not completion.finished for completion in completions)
     return KShotReport(results)
 
@@ -202,7 +215,8 @@ def score(shots: int, predictions: Sequence[str | None], golds: Sequence[str], t
     """
     items = len(golds)
     given = [prediction or "" for prediction in predictions]
-    accuracy = sum(match(ours, gold, tolerance) for ours, gold in zip(predictions, golds, strict=True)) / items
+    right = [match(ours, gold, tolerance) for ours, gold in zip(predictions, golds, strict=True)]
+    accuracy = sum(right) / items
     most_frequent, distinct_gold, _ = _spread(golds)
     top, distinct, top_share = _spread(given)
     result = ShotResult(
@@ -218,9 +232,24 @@ def score(shots: int, predictions: Sequence[str | None], golds: Sequence[str], t
         verdict="",
         predictions=given,
         distinct_gold_answers=distinct_gold,
+        right=right,
+        interval=wilson_interval(sum(right), items),
     )
     result.verdict = _verdict(result)
     return result
+
+
+def wilson_interval(right: int, items: int) -> tuple[float, float]:
+    """The 95 % interval of a share, after Wilson (1927): never below 0 or above 1, and never of width 0.
+
+    Args:
+        right: How many of them count, from 0 to `items`.
+        items: How many there are, at least 1.
+    """
+    share, per_item = right / items, _Z * _Z / items
+    centre = (share + per_item / 2) / (1 + per_item)
+    half = _Z * math.sqrt(share * (1 - share) / items + per_item / (4 * items)) / (1 + per_item)
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def _check(items: Sequence[Row], demonstrations: Sequence[Row], shots: Sequence[int], extract: str) -> None:

@@ -12,6 +12,7 @@ import inspect
 import re
 import typing
 from collections.abc import Collection, Iterator
+from pathlib import Path
 from typing import Any
 
 from hfkd.recipe.schema import Recipe
@@ -171,7 +172,15 @@ def _evaluation(recipe: Recipe) -> Iterator[str]:
     evaluation, count = recipe.evaluation, recipe.data.demonstrations.count
     if evaluation is None:
         return
-    if recipe.data.demonstrations.column is None and max(evaluation.shots) > count:
+    if not evaluation.shots and not (evaluation.fidelity and recipe.teacher.kind != "none"):
+        yield (
+            "evaluation.shots: is empty and no fidelity is measured (that needs evaluation.fidelity: true and a "
+            "teacher), so nothing would be evaluated; give shots, or leave the section out"
+        )
+    for key in ("gold_baseline", "forgetting"):
+        if not evaluation.shots and getattr(evaluation, key):
+            yield f"evaluation.{key}: compares answers, and evaluation.shots is empty; give shots, or leave it out"
+    if recipe.data.demonstrations.column is None and max(evaluation.shots, default=0) > count:
         yield (
             f"evaluation.shots: got {evaluation.shots}, and data.demonstrations.count is {count}; "
             "lower the shots or raise the count"
@@ -238,6 +247,7 @@ def _training(recipe: Recipe) -> Iterator[str]:
     if not isinstance(recipe.training.get("output_dir"), str) or not recipe.training["output_dir"]:
         yield f"training.output_dir: got {shown(recipe.training.get('output_dir'))}; expected the path of a folder"
     yield from _training_values(recipe.training)
+    yield from _evaluation_in_training(recipe)
     if recipe.training.get("run_policy", "refuse") not in _POLICIES:
         policy = str(recipe.training["run_policy"])
         yield f"training.run_policy: got {policy!r}; expected {' or '.join(_POLICIES)}{near(policy, _POLICIES)}"
@@ -252,11 +262,31 @@ def _training_values(training: dict[str, Any]) -> Iterator[str]:
             yield f"training.{name}: got {value}; expected at least {lowest}"
     if training.get("max_steps") == 0:
         yield "training.max_steps: got 0; expected at least 1, or no such key (then num_train_epochs counts)"
-    if str(training.get("eval_strategy", "no")).rpartition(".")[2].lower() not in ("no", "none"):
+
+
+def _evaluation_in_training(recipe: Recipe) -> Iterator[str]:
+    """What the evaluations of the trainer need, and whom they leave out."""
+    strategy = recipe.training.get("eval_strategy", "no")
+    if str(strategy).rpartition(".")[2].lower() in ("no", "none"):
+        return
+    if recipe.evaluation is None:
         yield (
-            f"training.eval_strategy: got {training['eval_strategy']!r}; a recipe asks its questions before and after "
-            "training, as its evaluation section says; leave this key out"
+            f"training.eval_strategy: got {strategy!r}, and there is nothing to evaluate on; add an evaluation "
+            "section, or leave this key out"
         )
+    cached = [recipe.teacher.cache, *(member.cache for member in recipe.teacher.members.values())]
+    if any(cache is not None for cache in cached):
+        yield (
+            f"training.eval_strategy: got {strategy!r}, and a cached teacher knows no held-out texts; leave this key "
+            "out (the questions are asked before and after training), or train without teacher.cache"
+        )
+    if recipe.evaluation is not None and recipe.evaluation.gold_baseline:
+        scheduler = recipe.training.get("lr_scheduler_type")
+        if scheduler in ("reduce_lr_on_plateau", "greedy"):
+            yield (
+                f"evaluation.gold_baseline: isn't evaluated while it trains, and lr_scheduler_type {scheduler!r} "
+                "follows from that; choose another one, or leave the baseline out"
+            )
 
 
 def _plain_value(hint: Any, value: Any) -> Any:
@@ -296,7 +326,18 @@ def _wanted(kinds: set[Any]) -> str:
 
 
 def _hub(recipe: Recipe) -> Iterator[str]:
-    if recipe.hub.push and recipe.hub.repo_id is None:
+    hub, student = recipe.hub, recipe.student
+    if hub.push and hub.repo_id is None:
         yield "hub.repo_id: is required when hub.push is true; expected owner/name"
-    if recipe.hub.repo_id is not None and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", recipe.hub.repo_id):
-        yield f"hub.repo_id: got {shown(recipe.hub.repo_id)}; expected owner/name"
+    for key, name in (("repo_id", hub.repo_id), ("base", hub.base)):
+        if name is not None and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+            yield f"hub.{key}: got {shown(name)}; expected owner/name"
+    for key in ("base", "merged"):
+        if getattr(hub, key) and student.lora is None:
+            yield f"hub.{key}: is for adapters, and student.lora isn't given; leave it out"
+    known = hub.base is not None or hub.merged or student.init is not None
+    if hub.push and student.lora is not None and not known and Path(student.origin).exists():
+        yield (
+            f"hub.push: the adapter belongs on {shown(student.origin)}, a folder that nobody else has; give the id "
+            "that this model has on the hub as hub.base, or set hub.merged: true"
+        )

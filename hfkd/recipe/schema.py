@@ -83,7 +83,8 @@ Count = Annotated[int, Field(strict=True, ge=0)]
 Positive = Annotated[int, Field(strict=True, ge=1)]
 Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1)]
-Shots = Annotated[list[Count], BeforeValidator(_expand_shots), Field(min_length=1)]
+ShotsOrNone = Annotated[list[Count], BeforeValidator(_expand_shots)]
+Shots = Annotated[ShotsOrNone, Field(min_length=1)]
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 Options = dict[str, Any]
 
@@ -314,7 +315,11 @@ class ForgettingSection(SourceSection):
 
 
 class EvaluationSection(Section):
-    """k-shot accuracy before and after. Without `path` the items are held out of the training rows."""
+    """k-shot accuracy before and after. Without `path` the items are held out of the training rows.
+
+    With `shots: []` nothing is asked, and the items are texts to measure the fidelity to the teacher on. `samples`
+    items' completions, for each number of shots, go to the trackers at each evaluation in training.
+    """
 
     path: Text | None = None
     name: Text | None = None
@@ -324,7 +329,9 @@ class EvaluationSection(Section):
     revision: Text | None = None
     options: Options = {}
     size: Positive = 48
-    shots: Shots = [0, 1, 8]
+    shots: ShotsOrNone = [0, 1, 8]
+    fidelity: StrictBool = True
+    samples: Count = 4
     extract: Text = "text"
     tolerance: Annotated[Number, Field(ge=0)] = 0.0
     max_new_tokens: Positive = 16
@@ -336,11 +343,15 @@ class EvaluationSection(Section):
 
 
 class HubSection(Section):
-    """Whether the result is sent to the hub, and where to."""
+    """Whether the result is sent to the hub, and where to; `base` is the hub's id of the model under an adapter, where
+    the student is read from a folder, and `merged` sends both as one model.
+    """
 
     push: StrictBool = False
     repo_id: Text | None = None
     private: StrictBool = True
+    base: Text | None = None
+    merged: StrictBool = False
 
 
 TeacherSection.model_rebuild()

@@ -7,6 +7,7 @@ sections hold paths of data.
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import typing
 from collections.abc import Iterable, Iterator, Sequence
@@ -81,10 +82,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise RecipeError(path, [f"there is no such file{hint}"]) from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(path, [f"it can't be read as text: {error}"]) from None
+    form = "JSON" if Path(path).suffix == ".json" else "YAML"
     try:
-        tree = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a subclass of the safe loader
-    except yaml.YAMLError as error:
-        raise RecipeError(path, [f"it is no valid YAML: {mask_secrets(' '.join(str(error).split()))}"]) from None
+        # Indented with tabs, JSON is no YAML.
+        tree = json.loads(text) if form == "JSON" else yaml.load(text, Loader=_StrictLoader)  # noqa: S506
+    except (yaml.YAMLError, ValueError) as error:
+        reason = mask_secrets(" ".join(str(error).split()))
+        raise RecipeError(path, [f"it is no valid {form}: {reason}"]) from None
     if not isinstance(tree, dict):
         raise RecipeError(path, [f"it holds {shown(tree)}; expected sections such as student:, teacher: and data:"])
     return tree

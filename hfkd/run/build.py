@@ -15,7 +15,6 @@ from hfkd.config import DistillationConfig
 from hfkd.data.load import Source
 from hfkd.data.prompts import PromptBuilder, PromptStyle
 from hfkd.data.route import route_of
-from hfkd.loading import load_adapter
 from hfkd.named import import_function
 from hfkd.objective import Objective, build_objective
 from hfkd.recipe.checks import is_own_class, needs_faults, objective_options, term_specs
@@ -156,36 +155,6 @@ def _check_routes(recipe: Recipe, run: Run) -> None:
             route_of(run.teacher.route, row, recipe.teacher.column)
         except ValueError as error:
             raise ValueError(f"training row {number}: {error}") from error
-
-
-def build_for_evaluation(recipe: Recipe, adapter: Path | None = None) -> Run:
-    """Make what an evaluation needs: the student as it is published, or with a trained adapter; no teacher.
-
-    Args:
-        recipe: From `load_recipe`, with an `evaluation` section.
-        adapter: The folder of an adapter.
-
-    Raises:
-        ValueError: No `evaluation` section, or no adapter in the folder.
-        OSError: A file is missing or damaged.
-    """
-    if recipe.evaluation is None:
-        raise ValueError("the recipe has no evaluation section; add one, or give evaluation.size=48 behind the recipe")
-    if adapter is not None and not (adapter / "adapter_config.json").is_file():
-        raise ValueError(
-            f"--adapter: {adapter} has no adapter_config.json; expected the folder of a LoRA run (a model whose "
-            f"weights were all "
-            "trained is evaluated with student.model=FOLDER, and student.init=null where the recipe has one)"
-        )
-    run = settings_of(recipe)
-    run.take(load_data(recipe, run.sources))
-    run.tokenizer = load_tokenizer(recipe.student)
-    run.builder = PromptBuilder(run.tokenizer, run.style)
-    student = recipe.student.model_copy(update={"lora": None})
-    run.model = load_student(recipe.model_copy(update={"student": student}), seed=run.config.seed)
-    if adapter is not None:
-        run.model = load_adapter(run.model, adapter)
-    return run
 
 
 def settings_of(recipe: Recipe, dry: bool = False) -> Run:

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from hfkd.batch import Batch, View
 from hfkd.cache import CacheError, CacheWriter, Codec, Hidden, Manifest, clear_cache, compare, texts_of
 from hfkd.cache.folder import alone_in, is_full, remove_notes, size_in_words
-from hfkd.cache.format import HEAD_NAME, MANIFEST_NAME, write_whole
+from hfkd.cache.format import MANIFEST_NAME, write_whole
 from hfkd.compatibility import check_readers_of_draws
 from hfkd.data.prompts import PromptBuilder
 from hfkd.loading import load_config_of, readable
@@ -271,65 +271,6 @@ class _Build:
 
     def _say(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False)
-
-
-def push_cache(folder: str | Path, repo_id: str, private: bool = True) -> None:
-    """Send a finished cache to the hub, as a data set whose viewer shows its rows; the files of a cache that was there
-    before are deleted. Nothing is written into the folder.
-
-    Args:
-        folder: The cache.
-        repo_id: owner/name.
-        private: Whether a repository that is made for it is private.
-
-    Raises:
-        CacheError: The cache isn't finished.
-    """
-    from huggingface_hub import HfApi
-
-    folder, manifest = Path(folder), Manifest.read(Path(folder))
-    if manifest.status != "complete":
-        raise CacheError(f"The cache in {folder} isn't finished; run `hfkd cache` again before --push.")
-    api = HfApi()
-    api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
-    target = {"repo_id": repo_id, "repo_type": "dataset"}
-    wanted = [*(shard["name"] for shard in manifest.shards), MANIFEST_NAME, HEAD_NAME, ANSWERS_NAME]
-    old = ["part-[0-9][0-9][0-9][0-9][0-9]*.parquet", HEAD_NAME, ANSWERS_NAME]  # what is sent anew isn't deleted
-    api.upload_folder(**target, folder_path=folder, allow_patterns=wanted, delete_patterns=old)
-    api.upload_file(**target, path_or_fileobj=dataset_card(manifest).encode(), path_in_repo="README.md")
-
-
-def dataset_card(manifest: Manifest) -> str:
-    """The README of a cache on the hub; its header tells the viewer which files are rows."""
-    contract, build = manifest.contract, manifest.build
-    teacher, code = contract["teacher"], ", ".join(f"{name} {value}" for name, value in contract["codec"].items())
-    head = ["---", "configs:", "- config_name: default", "  data_files: part-*.parquet", "tags:", "- hfkd"]
-    revision = teacher.get("commit") or teacher["revision"]
-    named = teacher["dtype"] if revision is None else f"revision {revision}, {teacher['dtype']}"
-    facts = {
-        "Teacher": f"{teacher['model']} ({named})",
-        "Texts": build["rows"],
-        "Supervised tokens": build["tokens"],
-        "Code": code,
-        "Temperature": contract["temperature"] or "any",
-        "Vocabulary": contract["vocab_size"],
-        "Bytes per token": manifest.facts["bytes_per_token"],
-        "Error": manifest.facts["error"],
-    }
-    lines = [f"| {name} | {_cell(value)} |" for name, value in facts.items()]
-    text = (
-        "What a language model said of each supervised token of a data set, for distillation without the model. Rows "
-        "are found by the hash of a text's tokens (`row_hash`); the texts themselves are not here. `manifest.json` "
-        "says what the cache was made of, and a run that expects something else is refused."
-    )
-    return "\n".join(
-        [*head, "- distillation", "---", "", "# Cached teacher", "", text, "", "| | |", "|---|---|", *lines, ""]
-    )
-
-
-def _cell(value: Any) -> str:
-    """A value in a table, where a bar would end the cell."""
-    return str(value).replace("|", r"\|")
 
 
 def _without_models(recipe: Recipe) -> Run:

@@ -16,17 +16,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from rich.console import Console
 
-from hfkd.card import build_card
 from hfkd.compatibility import check_second_view
 from hfkd.data.views import DistillationDataset
+from hfkd.energy import EnergyMeter
 from hfkd.errors import Preempted
+from hfkd.eval.fidelity import measure_fidelity
 from hfkd.eval.k_shot import KShotReport
-from hfkd.eval.report import plot_run, write_report
+from hfkd.eval.predictions import prediction_lines
+from hfkd.hub import check_push
 from hfkd.masking import safe_command
 from hfkd.objective import build_objective
 from hfkd.preemption import interruptible
@@ -47,23 +48,26 @@ from hfkd.run.build import Run, build, make_config
 from hfkd.run.evaluation import ask, movable, plain_results
 from hfkd.run.expected import expected_contract
 from hfkd.run.models import describe_student, load_student, save_base
+from hfkd.run.outcome import describe_objective, describe_origins, push_run, write_outcome
 from hfkd.run.progress import training_bar
 from hfkd.run.rows import Task
 from hfkd.run.texts import (
-    ANSWERS_NAME,
     answered_rows,
+    fidelity_texts,
     fitting,
     prepare_to_write,
     unanswered,
     visited_rows,
 )
 from hfkd.run.training import make_trainer
-from hfkd.run.words import accuracies_line, comparison_tables, plan_lines, summary_lines
+from hfkd.run.words import accuracies_line, comparison_tables, fidelity_line, plan_lines, summary_lines
 from hfkd.sharding import Launch
 from hfkd.teachers import CachedTeacher
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from hfkd.trainer import DistillationTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +77,7 @@ class RunResult:
     """What a run left behind.
 
     Attributes:
-        output_dir: The folder with the weights, `run.json`, `report.json`, `plot.png` and `README.md`.
+        output_dir: The folder with the weights, `run.json`, `report.json`, `report.html`, `plots/` and `README.md`.
         report: What `report.json` holds.
         record: What `run.json` holds.
     """
@@ -113,12 +117,18 @@ class _Conductor:
         )
         self.k_shot: dict[str, KShotReport] = {}
         self.forgetting: list[dict[str, KShotReport]] = [{} for _ in run.forgetting]
+        self.fidelity: dict[str, Any] = {}
+        self.predictions: list[dict[str, Any]] = []
         self.history: list[dict[str, float]] = []
+        self.curve: list[dict[str, float]] = []
+        self.energy = EnergyMeter()
         self.trains = False
 
     def conduct(self) -> RunResult:
         """All stages in order; once training began, a failure is noted in `run.json` before it goes on its way."""
         run, policy = self.run, self.recipe.training.get("run_policy", "refuse")
+        if self.first and self.recipe.hub.push:  # a refused token is told before the training, not after it
+            check_push(self.recipe.hub.repo_id, private=self.recipe.hub.private)
         PartialState().wait_for_everyone()  # all have looked at the folder before the first one writes into it
         if policy == "overwrite" and self.first:
             clear_output_folder(run.output_dir)
@@ -126,7 +136,8 @@ class _Conductor:
         self._describe()
         with interruptible() as calm:
             try:
-                self._stages()
+                with self.energy:
+                    self._stages()
                 return self._finish()
             except BaseException as error:
                 calm()
@@ -162,6 +173,8 @@ class _Conductor:
             rows = unanswered(run, rows)
         trainer = make_trainer(run, rows, run.model, run.teacher, run.objective, run.config)
         self._count_late(trainer.train_dataset)
+        texts = self._fidelity_texts()
+        self._hold_against_teacher("before", trainer, texts)
         before = known_metrics(run.output_dir)
         self.trains = True
         self._write_record()
@@ -176,8 +189,10 @@ class _Conductor:
         self.record.metrics = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
         self.record.teacher = run.teacher.describe() if run.teacher is not None else {"kind": "none"}
         self.history = [entry for entry in trainer.state.log_history if "loss" in entry and "step" in entry]
+        self.curve = [entry for entry in trainer.state.log_history if any(key.startswith("eval_") for key in entry)]
         with self._clock("evaluation_after"):
             self._evaluate("after", trainer.accelerator.unwrap_model(trainer.model))
+        self._hold_against_teacher("after", trainer, texts)
         trainer.save_model(str(run.output_dir))
         if self.first:
             run.tokenizer.save_pretrained(run.output_dir)
@@ -187,6 +202,29 @@ class _Conductor:
             gc.collect()
             with self._clock("gold_baseline"):
                 self._gold_baseline(gold_rows)
+
+    def _fidelity_texts(self) -> DistillationDataset | None:
+        """The held-out texts for both models; rows that lack what a teacher needs are a reason, not an end."""
+        try:
+            return fidelity_texts(self.run)
+        except ValueError as error:
+            self.fidelity = {"unavailable": str(error)}
+            return None
+
+    def _hold_against_teacher(
+        self, stage: str, trainer: DistillationTrainer, texts: DistillationDataset | None
+    ) -> None:
+        """Measure how near the student is to its teacher; where that can't be, the report has the reason."""
+        if texts is None or "unavailable" in self.fidelity:
+            return
+        with self._clock(f"fidelity_{stage}"):
+            try:
+                report = measure_fidelity(trainer, texts)
+            except ValueError as error:
+                self.fidelity = {"unavailable": str(error)}
+                return
+        self.fidelity[stage] = report.to_dict()
+        self.console.print(f"{stage}: {fidelity_line(self.fidelity[stage])}", markup=False, highlight=False)
 
     def _waits(self) -> bool:
         """Whether the student stays where it was loaded until the trainer cuts it, since nobody asks it before."""
@@ -201,7 +239,12 @@ class _Conductor:
             parts["evaluation"] = run.evaluation.items
         self.record.data = {name: rows_fingerprint(rows) for name, rows in parts.items()}
         self.record.student = describe_student(self.recipe, run.model)
-        self.record.objective = run.objective.describe()
+        self.record.origins = describe_origins(run)
+        self.record.parameters = {
+            "total": sum(parameter.numel() for parameter in run.model.parameters()),
+            "trained": sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad),
+        }
+        self.record.objective = describe_objective(run.objective)
         self.record.teacher = run.teacher.describe() if run.teacher is not None else {"kind": "none"}
         if self.recipe.training.get("run_policy") == "resume":
             check_same_data(run.output_dir, self.record.data)
@@ -251,23 +294,25 @@ class _Conductor:
 
     def _evaluate(self, name: str, model: nn.Module) -> None:
         run = self.run
-        if run.evaluation is None:
+        if run.evaluation is None or not run.evaluation.shots:
             return
-        self.k_shot[name] = self._ask(model, run.evaluation, name)
+        self.k_shot[name] = self._ask(model, run.evaluation, name, name)
         for task, reports in zip(run.forgetting, self.forgetting, strict=True):
-            reports[name] = self._ask(model, task, f"{task.name}, {name}")
+            reports[name] = self._ask(model, task, f"{task.name}, {name}", name)
 
     def _evaluate_teacher(self) -> None:
         """Another model's own accuracy on the prompt it has in training: one that guesses has nothing to teach."""
         run = self.run
-        if run.evaluation is None or self.recipe.teacher.kind != "local" or self.recipe.teacher.cache:
+        asked = run.evaluation is not None and run.evaluation.shots
+        if not asked or self.recipe.teacher.kind != "local" or self.recipe.teacher.cache:
             return
         task = dataclasses.replace(run.evaluation, shots=[min(len(run.demonstrations), max(run.evaluation.shots))])
         with self._clock("evaluation_teacher"), run.teacher.weights() as model:
-            self.k_shot["teacher"] = self._ask(model, task, "teacher")
+            self.k_shot["teacher"] = self._ask(model, task, "teacher", "teacher")
 
-    def _ask(self, model: nn.Module, task: Task, words: str) -> KShotReport:
+    def _ask(self, model: nn.Module, task: Task, words: str, stage: str) -> KShotReport:
         report = ask(self.run, model, task, f"k-shot {words}" if self.first else None)
+        self.predictions += prediction_lines(task.name, stage, report, task.items)
         self.console.print(f"{words}: {accuracies_line(plain_results(report))}", markup=False, highlight=False)
         return report
 
@@ -278,6 +323,9 @@ class _Conductor:
             "output_dir": str(folder),
             "save_strategy": "no",
             "save_only_model": False,  # the checkpoint of a signal is to be gone on from
+            "eval_strategy": "no",
+            "load_best_model_at_end": False,
+            "report_to": "none",  # a tracker would draw it into the run's own curves
             "run_policy": "overwrite",
         }
         config = make_config(self.recipe, **changes)
@@ -295,6 +343,7 @@ class _Conductor:
     def _report(self) -> dict[str, Any]:
         details = {name: plain_results(report) for name, report in self.k_shot.items()}
         return {
+            "schema": 1,
             "k_shot": {name: report.accuracies() for name, report in self.k_shot.items()},
             "k_shot_details": details,
             "forgetting": [
@@ -305,29 +354,27 @@ class _Conductor:
                 }
                 for task, reports in zip(self.run.forgetting, self.forgetting, strict=True)
             ],
+            "fidelity": self.fidelity,
             "loss_history": self.history,
+            "evaluation_history": self.curve,
             "training": self.record.metrics,
             "durations": self.record.durations,
         }
 
     def _finish(self) -> RunResult:
         folder, report = self.run.output_dir, self._report()
-        if self.first:
-            write_report(folder / "report.json", report)
-            if self.history or report["k_shot_details"]:
-                plot_run(folder / "plot.png", self.history, report["k_shot_details"])
-            record = self.record.to_dict()
-            (folder / "recipe.yaml").write_text(yaml.safe_dump(record["recipe"], sort_keys=False), encoding="utf-8")
-            (folder / "README.md").write_text(build_card(record, report), encoding="utf-8")
+        self.record.energy = self.energy.to_dict()
         self.record.status = "finished"
+        if self.first:
+            write_outcome(folder, self.record.to_dict(), report, self.predictions)
         self._write_record()  # the last one: it says that the others are there
-        if self.first and self.recipe.hub.push:
-            push(self.recipe, folder)
         for table in comparison_tables(report):
             self.console.print()
             self.console.print(table)
         for line in summary_lines(folder, report):
             self.console.print(line, markup=False, highlight=False)
+        if self.first and self.recipe.hub.push:
+            push_run(self.recipe, folder, self.console)
         return RunResult(folder, report, self.record)
 
     def _write_record(self) -> None:
@@ -339,19 +386,6 @@ class _Conductor:
         start = time.perf_counter()
         yield
         self.record.durations[stage] = round(time.perf_counter() - start, 2)
-
-
-def push(recipe: Recipe, folder: Path) -> None:
-    """Send the folder to the hub, without checkpoints, drafts of some, the batches of a step that failed (rows of the
-    data) and the baseline's files.
-    """
-    from huggingface_hub import HfApi
-
-    api = HfApi()
-    api.create_repo(recipe.hub.repo_id, private=recipe.hub.private, exist_ok=True)
-    # training_args.bin is a pickle with this machine's paths in it
-    ignored = ["checkpoint-*", "_*", "nonfinite-*", "gold_baseline/*", ANSWERS_NAME, "training_args.bin"]
-    api.upload_folder(repo_id=recipe.hub.repo_id, folder_path=folder, ignore_patterns=ignored)
 
 
 def _goes_on(run: Run, folder: Path) -> bool:

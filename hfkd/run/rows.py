@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hfkd.data.load import Source, load_rows
-from hfkd.data.messages import prompt_key
+from hfkd.data.messages import Row, prompt_key, text_key
 from hfkd.data.select import LeakageError, check_leakage, split_rows, visited
 from hfkd.recipe.schema import DemonstrationsSection, EvaluationSection, ForgettingSection, Recipe
 from hfkd.recipe.teachers import may_do_without, wants_second_view
@@ -52,9 +52,9 @@ def load_data(recipe: Recipe, sources: Mapping[str, Source]) -> Rows:
     data, evaluation = recipe.data, recipe.evaluation
     rows = list(load_rows(sources["train"], require_completion=_needs_labels(recipe)))
     held_out = evaluation.size if evaluation is not None and evaluation.path is None else 0
-    splits = split_rows(
-        rows, demonstrations=_drawn_demonstrations(recipe), evaluation=held_out, seed=data.demonstrations.seed
-    )
+    key = text_key if data.whole_text else prompt_key  # a passage's prompt is its first word
+    shown = _drawn_demonstrations(recipe)
+    splits = split_rows(rows, demonstrations=shown, evaluation=held_out, seed=data.demonstrations.seed, key=key)
     loaded = Rows(splits.train, splits.demonstrations)
     if "demonstrations" in sources:
         loaded.demonstrations = _from_file(sources["demonstrations"], data.demonstrations)
@@ -62,8 +62,8 @@ def load_data(recipe: Recipe, sources: Mapping[str, Source]) -> Rows:
     if evaluation is None:
         return loaded
     items = splits.evaluation if "evaluation" not in sources else list(load_rows(sources["evaluation"]))
-    check_leakage(loaded.demonstrations, items)
-    loaded.train = _apart_from(items, loaded.train)
+    check_leakage(loaded.demonstrations, items, key)
+    loaded.train = _apart_from(items, loaded.train, key)
     loaded.evaluation = Task(data.train.path, items, loaded.demonstrations, evaluation.shots, evaluation.extract)
     loaded.forgetting = [
         _other_task(sources[f"forgetting.{index}"], other, evaluation)
@@ -89,7 +89,7 @@ def _drawn_demonstrations(recipe: Recipe) -> int:
         return 0
     if demonstrations.column is None:
         return demonstrations.count
-    return max(recipe.evaluation.shots) if recipe.evaluation is not None else 0
+    return max(recipe.evaluation.shots, default=0) if recipe.evaluation is not None else 0
 
 
 def _from_file(source: Source, wanted: DemonstrationsSection) -> list[dict[str, Any]]:
@@ -115,12 +115,14 @@ def _check_second_view(recipe: Recipe, train: Sequence[Mapping]) -> None:
     )
 
 
-def _apart_from(items: Sequence[Mapping], train: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _apart_from(
+    items: Sequence[Mapping], train: list[dict[str, Any]], key: Callable[[Row], str]
+) -> list[dict[str, Any]]:
     """The training rows that ask nothing of what the evaluation asks: held out is held out, whichever file it is
     from.
     """
-    asked = {prompt_key(item) for item in items}
-    apart = [row for row in train if prompt_key(row) not in asked]
+    asked = {key(item) for item in items}
+    apart = [row for row in train if key(row) not in asked]
     if not apart and train:
         raise LeakageError(
             f"all {len(train)} training rows have the prompt of an evaluation item; give evaluation.path another "

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,25 @@ def make_dataset(
         route=teacher.route if reads else None,
         teacher_builder=other,
     )
+
+
+def fidelity_texts(run: Run) -> DistillationDataset | None:
+    """Both views of the held-out items, on which the student is held against its teacher; None where the recipe wants
+    none or there is no teacher.
+    """
+    evaluation = run.recipe.evaluation
+    if evaluation is None or not evaluation.fidelity or run.teacher is None:
+        return None
+    return held_out_views(run, run.evaluation.items, run.teacher, run.objective)
+
+
+def held_out_views(
+    run: Run, rows: Sequence[dict[str, Any]], teacher: Teacher | None, objective: Objective
+) -> DistillationDataset:
+    """Both views of held-out rows; those that don't fit are left out."""
+    data = run.recipe.data.model_copy(update={"too_long": "drop"})
+    lenient = replace(run, recipe=run.recipe.model_copy(update={"data": data}))
+    return make_dataset(lenient, rows, teacher, objective)
 
 
 def unanswered(run: Run, rows: Sequence[dict[str, Any]]) -> Rows:

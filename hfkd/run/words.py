@@ -112,6 +112,8 @@ def _length(run: Run) -> str:
 
 def _evaluation(run: Run) -> str:
     task, settings = run.evaluation, run.recipe.evaluation
+    if not task.shots:
+        return f"the student held against its teacher on {len(task.items)} held-out texts, before and after"
     words = f"{len(task.items)} held-out items at {', '.join(map(str, task.shots))} shots, before and after"
     if settings.gold_baseline:
         words += ", beside a fine-tuning on the gold answers at equal budget"
@@ -161,9 +163,26 @@ def _accuracy(result: Mapping[str, Any], unit: str = "%") -> str:
     return f"{100 * result['accuracy']:.1f}{unit} ± {100 * result['standard_error']:.1f}{unit}"
 
 
+def fidelity_line(figures: Mapping[str, Any]) -> str:
+    """How near the student is to its teacher, in one line."""
+    words = (
+        f"agrees with the teacher on {figures['agreement']:.1%} of {figures['tokens']} tokens, "
+        f"KL(teacher || student) {figures['forward_kl']:.3f} nats a token"
+    )
+    if figures.get("student") and figures.get("teacher"):
+        words += (
+            f", calibration error {figures['student']['expected_calibration_error']:.1%} "
+            f"(teacher's {figures['teacher']['expected_calibration_error']:.1%})"
+        )
+    return words
+
+
 def summary_lines(folder: Path, report: Mapping[str, Any]) -> list[str]:
     """What came of it: where the files are, how long each stage took and what has to be read with the figures."""
     lines = []
+    for stage, figures in report.get("fidelity", {}).items():
+        told = f"not measured: {figures}" if stage == "unavailable" else f"{stage}: {fidelity_line(figures)}"
+        lines.append(f"Fidelity    {told}")
     if report.get("durations"):
         parts = [f"{name.replace('_', ' ')} {seconds:.0f} s" for name, seconds in report["durations"].items()]
         lines.append("Time        " + ", ".join(parts))
@@ -172,6 +191,7 @@ def summary_lines(folder: Path, report: Mapping[str, Any]) -> list[str]:
             if result.get("verdict"):
                 lines.append(f"Note        {name}, {shots}-shot: {result['verdict']}")
     lines.append(
-        f"Written     {folder}: the weights, run.json, report.json, plot.png, recipe.yaml and README.md (a card draft)"
+        f"Written     {folder}: the weights, run.json, report.json, report.html (all of it in one page), plots/, "
+        "predictions.jsonl, recipe.yaml and README.md (a model card)"
     )
     return lines

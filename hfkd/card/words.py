@@ -1,0 +1,292 @@
+"""What was done, in words: the student, its teacher, whose answers it learned, the machine and the time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from hfkd.card.markdown import Markdown, code, code_cell, joined, plain, table
+from hfkd.card.reading import count, entries, number, section, text, value
+
+_WEIGHTS = {
+    "adapter_off": "the student's own weights with the adapter switched off",
+    "frozen_copy": "a frozen copy of the student as it was before training",
+    "live": "the student's own weights as they were at each step",
+}
+_ROLES = {"student": "student (base model)", "teacher": "teacher", "train": "training rows"}
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def origin(run: Mapping[str, Any]) -> str:
+    """Where the student's weights are from, be it a whole model or a part of one; empty where nobody says."""
+    student = section(run, "recipe.student")
+    known = text(student, "model") or text(student, "init.from") or text(run, "origins.student.id")
+    return known or text(run, "adapter.base_model_name_or_path")
+
+
+def base_id(run: Mapping[str, Any]) -> str:
+    """The id on the hub of the model that the student was made of; empty where it isn't known to be there."""
+    known = section(run, "origins.student")
+    name = text(known, "id") or origin(run)
+    source = text(known, "source") or text(run, "student.source")
+    return name if source == "hub" and _HUB_ID.fullmatch(name) else ""
+
+
+def has_adapter(run: Mapping[str, Any]) -> bool:
+    """Whether an adapter was trained, and not the whole model."""
+    return bool(section(run, "recipe.student.lora") or section(run, "adapter"))
+
+
+def is_adapter(run: Mapping[str, Any]) -> bool:
+    """Whether the weights beside the card are an adapter: it may have been merged into its base since."""
+    return has_adapter(run) and not run.get("merged")
+
+
+def kept(run: Mapping[str, Any]) -> str:
+    """What the student has of its origin; empty where it has all."""
+    student, parts = section(run, "student"), []
+    if isinstance(blocks := value(student, "kept_layers"), list) and blocks:
+        numbers = ", ".join(map(str, blocks))
+        parts.append(f"{len(blocks)} of the {count(student, 'layers_before')} blocks ({numbers}; counted from 0)")
+    for name, words in (("heads", "attention heads"), ("intermediate", "MLP neurons")):
+        if part := section(student, f"narrowed.{name}"):
+            parts.append(f"{count(part, 'kept')} of the {count(part, 'of')} {words} of each block")
+    return ", ".join(parts)
+
+
+def is_part(run: Mapping[str, Any]) -> bool:
+    """Whether the student was cut out of a larger model."""
+    return bool(kept(run) or section(run, "recipe.student.init"))
+
+
+def title(run: Mapping[str, Any]) -> str:
+    """A name for the model: what it was, and what it was taught on."""
+    model = origin(run).rstrip("/").split("/")[-1] or "A model"
+    blocks, of = value(run, "student.kept_layers"), count(run, "student.layers_before")
+    if isinstance(blocks, list) and of:
+        model = f"{model} ({len(blocks)} of {of} blocks)"
+    data = train_name(run)
+    return f"{model}, distilled on {data}" if data else f"{model}, distilled"
+
+
+def train_name(run: Mapping[str, Any]) -> str:
+    """A short name of the training rows."""
+    return short_name(text(run, "recipe.data.train.path"))
+
+
+def short_name(path: str) -> str:
+    """The last part of a path or an id, without what follows its dot if that is the kind of a file."""
+    last = path.rstrip("/").split("/")[-1]
+    return re.sub(r"\.(jsonl?|csv|parquet|ya?ml|txt)$", "", last)
+
+
+def done(run: Mapping[str, Any], report: Mapping[str, Any]) -> Markdown:
+    """What was trained, of what, how, and for how long."""
+    lora, name = section(run, "recipe.student.lora") or section(run, "adapter"), origin(run)
+    of = joined([f"{kept(run)} of" if kept(run) else "", code(name) if name else "a model that isn't recorded"])
+    if has_adapter(run):
+        alpha = number(lora, "alpha") or number(lora, "lora_alpha")
+        size = f" (rank {count(lora, 'r')}, alpha {alpha:g})" if count(lora, "r") and alpha else ""
+        what = Markdown(f"A LoRA adapter{size} was trained on {of}")
+    elif section(run, "recipe.student"):
+        what = Markdown(f"All weights of {of} were trained")
+    else:
+        what = Markdown(f"What was trained isn't recorded; it began with {of}")
+    if revision := text(run, "origins.student.revision") or text(run, "recipe.student.revision"):
+        what = Markdown(f"{what} at revision {code(revision)}")
+    teacher = text(run, "recipe.teacher.kind")
+    how = ", on answers alone." if teacher == "none" else ", by distillation: the student learned what a teacher says."
+    return Markdown(f"{what}{how if teacher else '.'}\n{_parameters(run)}{_length(run, report)}")
+
+
+def _parameters(run: Mapping[str, Any]) -> str:
+    total, trained = count(run, "parameters.total"), count(run, "parameters.trained")
+    return f"{trained:,} of {total:,} parameters were trained. " if total and trained else ""
+
+
+def _length(run: Mapping[str, Any], report: Mapping[str, Any]) -> str:
+    history, training = entries(report, "loss_history"), section(run, "recipe.training")
+    losses = [one for one in (number(entry, "loss") for entry in history) if one is not None]
+    steps = count(history[-1], "step") if history else 0
+    steps = steps or count(training, "max_steps")
+    words = [f"{steps} optimizer steps" if steps > 0 else "How many steps were made isn't recorded"]
+    if batch := count(training, "per_device_train_batch_size"):
+        batch *= max(1, count(training, "gradient_accumulation_steps", 1)) * count(run, "hardware.processes", 1)
+        words.append(f"of {batch} examples")
+    if rate := number(training, "learning_rate"):
+        words.append(f"at a learning rate of {rate:g}")
+    sentence = " ".join(words)
+    if losses:
+        sentence += f"; the logged loss went from {losses[0]:.4g} to {losses[-1]:.4g} nats per token"
+    return sentence + "."
+
+
+def teacher_words(run: Mapping[str, Any]) -> Markdown:
+    """Who the teacher was, and what it read."""
+    recipe = section(run, "recipe")
+    teacher = section(recipe, "teacher")
+    kind = text(teacher, "kind")
+    if not kind:
+        return Markdown("Who the teacher was isn't recorded.")
+    if kind == "none":
+        return Markdown("There was no teacher: the student learned from the answers alone.")
+    cached = ", read from a cache of what it says" if teacher.get("cache") else ""
+    plural = kind in ("mixture", "routed")
+    begins = f"The teachers are {_whose(teacher)}; they" if plural else f"The teacher is {_whose(teacher)}{cached}; it"
+    shown = count(recipe, "data.demonstrations.count")
+    return Markdown(f"{begins} read {shown} demonstrations before each question.")
+
+
+def _whose(teacher: Mapping[str, Any]) -> Markdown:
+    """Whose weights teach."""
+    kind = text(teacher, "kind", "unknown")
+    if members := section(teacher, "members"):
+        named = ", ".join(f"{plain(name)} ({_whose(section(members, name))})" for name in members)
+        how = "by the column of each row" if kind == "routed" else "mixed by their weights"
+        return Markdown(f"{named}, {how}")
+    if kind == "self":
+        return plain(_WEIGHTS.get(text(teacher, "weights"), "the student itself"))
+    if kind == "ema":
+        interval = count(teacher, "interval", 1)
+        often = "step" if interval == 1 else f"{interval} steps"
+        decay = number(teacher, "decay")
+        return plain(f"a moving average of the student's weights (decay {decay} every {often})")
+    if kind == "snapshot":
+        every = value(teacher, "every")
+        when = "at the end of the epoch before" if every == "epoch" else f"up to {every} steps before"
+        return plain(f"the student as it was {when}")
+    revision = text(teacher, "revision")
+    return Markdown(code(text(teacher, "model") or kind) + (f" at revision {code(revision)}" if revision else ""))
+
+
+def shots_words(run: Mapping[str, Any]) -> str:
+    """What the student read."""
+    shots = value(run, "recipe.data.student_shots")
+    if not isinstance(shots, list) or not shots:
+        return ""
+    drawn = ", drawn anew at each visit of an example" if len(shots) > 1 else ""
+    return f"The student read {' or '.join(map(str, shots))} demonstrations{drawn}."
+
+
+def answers_words(run: Mapping[str, Any]) -> str:
+    """Whose answers were learned, and how they were written."""
+    data = section(run, "recipe.data")
+    answer = value(data, "answer")
+    if not data:
+        return ""
+    temperature = number(data, "generation.temperature") or 0
+    how = f"sampled at temperature {temperature:g}" if temperature else "written greedily"
+    if answer in ("dataset", "teacher", None):
+        return (
+            f"The answers are the teacher's own, {how}."
+            if answer == "teacher"
+            else ("The answers are those of the data set.")
+        )
+    shares = answer if isinstance(answer, Mapping) else {str(answer): 1.0}
+    shares = {name: number(shares, name) or 0.0 for name in shares}
+    total = sum(shares.values()) or 1.0
+    whose = {
+        "student": "written by the student itself",
+        "teacher": "written by the teacher",
+        "dataset": "the data set's",
+    }
+    named = [f"{whose.get(name, name)} in {share / total:.0%} of the steps" for name, share in shares.items() if share]
+    return f"The answers are {', '.join(named)}; what was written, was written anew for its step ({how})."
+
+
+def lengths_words(run: Mapping[str, Any]) -> str:
+    """How long the views might be, in tokens."""
+    data = section(run, "recipe.data")
+    longest, teachers = count(data, "max_length"), count(data, "teacher_max_length")
+    if not longest:
+        return ""
+    parts = [f"{longest} tokens for the student"] + ([f"{teachers} for the teacher"] if teachers else [])
+    then = "are left out and counted" if text(data, "too_long") == "drop" else "end the run with an error"
+    return f"An example has at most {' and '.join(parts)}; longer ones {then}."
+
+
+def origins_table(run: Mapping[str, Any]) -> Markdown:
+    """Where models and rows are from, with revision and licence as far as they are recorded."""
+    rows = []
+    for role, one in origins_of(run):
+        source = {"hub": "Hugging Face hub", "folder": "local folder", "file": "local file"}.get(
+            text(one, "source"), text(one, "source", "not recorded")
+        )
+        revision = code_cell(text(one, "revision")) if text(one, "revision") else "not recorded"
+        rows.append((role, code_cell(text(one, "id")), source, revision, text(one, "licence", "not recorded")))
+    return table(("what", "id", "source", "revision", "licence"), rows)
+
+
+def origins_of(run: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """The origins by their role; those that an older record doesn't have are what its recipe asked for."""
+    known, found = section(run, "origins"), []
+    for key, role in _ROLES.items():
+        several = {name: section(known.get(name)) for name in known if str(name).startswith(f"{key}.")}
+        named = several or {key: section(known.get(key)) or _asked_for(run, key)}
+        if key == "teacher" and not known.get(key) and not several:
+            named = {f"teacher.{name}": one for name, one in _members(run).items()} or named
+        found += [(f"{role}{name[len(key) :].replace('.', ' ', 1)}", one) for name, one in named.items()]
+    return [(role, one) for role, one in found if text(one, "id")]
+
+
+def _members(run: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """What a recipe asks for of each of several teachers."""
+    members = section(run, "recipe.teacher.members")
+    return {str(name): _named(section(one)) for name, one in members.items()}
+
+
+def _named(teacher: Mapping[str, Any]) -> dict[str, Any]:
+    return {"id": text(teacher, "model"), "revision": value(teacher, "revision")}
+
+
+def _asked_for(run: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    if key == "student":
+        source = text(run, "student.source") or None
+        return {"id": origin(run), "source": source, "revision": value(run, "recipe.student.revision")}
+    if key == "train":
+        train = section(run, "recipe.data.train")
+        return {"id": text(train, "path"), "revision": value(train, "revision")}
+    return _named(section(run, "recipe.teacher"))
+
+
+def hardware_words(run: Mapping[str, Any]) -> str:
+    """The devices and processes of the run."""
+    hardware = section(run, "hardware")
+    if not hardware:
+        return "not recorded"
+    name, processes = text(hardware, "name"), count(hardware, "processes", 1)
+    device = f"{count(hardware, 'count', 1)} x {name}" if name else text(hardware, "device", "unknown")
+    threads = count(hardware, "cpu_threads")
+    parts = [device, f"{processes} process{'es' if processes != 1 else ''}"]
+    if threads and not name:
+        parts.append(f"{threads} threads")
+    return ", ".join(parts)
+
+
+def time_words(run: Mapping[str, Any], report: Mapping[str, Any]) -> str:
+    """The seconds of each stage."""
+    durations = section(run, "durations") or section(report, "durations")
+    parts = [
+        f"{name.replace('_', ' ')} {seconds:.0f} s"
+        for name in durations
+        if (seconds := number(durations, name)) is not None
+    ]
+    total = sum(number(durations, name) or 0.0 for name in durations)
+    return f"{total:.0f} s: {', '.join(parts)}" if parts else "not recorded"
+
+
+def energy_words(run: Mapping[str, Any]) -> str:
+    """The energy, and what of the machine it is that of."""
+    joules = number(run, "energy.joules")
+    if joules is None:
+        return "not measured"
+    devices = value(run, "energy.devices")
+    named = ", ".join(map(str, devices)) if isinstance(devices, list) and devices else "devices that aren't named"
+    seconds = number(run, "energy.seconds")
+    during = f" in {seconds:.0f} s" if seconds else ""
+    source = text(run, "energy.source", "the machine")
+    return (
+        f"{joules:.0f} J ({joules / 3.6e6:.3g} kWh){during}, counted by {source} for {named}: all that these devices "
+        "used, whoever used it, and nothing of the rest of the machine"
+    )

@@ -1,0 +1,36 @@
+"""What a task lost in training that was for another one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import evaluate
+import numpy as np
+
+from hfkd.eval.measures import RESAMPLES, forgetting
+from hfkd.eval.metrics import inputs
+
+_INPUTS = """
+Args:
+    predictions: [n] each item's score after training: 1 or 0 for right or wrong, or any number.
+    references: [n] the score of the same item before.
+    resamples: Draws of the bootstrap over items.
+    seed: Of the draws.
+
+Returns:
+    The means `before` and `after`, `change` and its 95 % `change_interval` (paired bootstrap), and of `items` how many
+    fell (`lost`) and rose (`gained`).
+"""
+
+
+class Forgetting(inputs.CheckedMetric):
+    """The paired change of a held-out task's score."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return inputs.describe(self.__doc__, _INPUTS, predictions="float64", references="float64")
+
+    def _compute(self, predictions: Any, references: Any, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, Any]:
+        inputs.require(predictions, "predictions")
+        if not (np.isfinite(predictions).all() and np.isfinite(references).all()):
+            raise ValueError("A score isn't a finite number; expected one for each item, before and after.")
+        return forgetting(predictions, references, resamples=resamples, seed=seed)

@@ -1,0 +1,220 @@
+"""Held-out texts, read by student and teacher through the trainer's own evaluation loop and measured batch by batch.
+
+Whatever a student may be wrapped in or spread over, each process runs as many forwards as the others, and texts that
+fill up the last batch are left out. What the columns are made of is `hfkd.eval.token_figures`; what they mean is none
+of its business.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from transformers import Trainer
+
+from hfkd.batch import Batch
+from hfkd.data.views import DistillationDataset
+from hfkd.distributed import run_inside
+from hfkd.eval.token_figures import TokenFigures, figures_of, join
+from hfkd.packing import run_view
+from hfkd.rows import DenseRows, Head, RowLayout, TopKRows, supervised
+from hfkd.signal import DISTRIBUTION
+from hfkd.student import check_head
+from hfkd.teacher_rows import LogitRows, TeacherRows
+from hfkd.teachers import Teacher, evaluating
+from hfkd.trainer import DistillationTrainer
+
+VOCABULARY = "vocabulary"
+"""The support where both distributions are known whole."""
+
+_PREPARED = ("_is_accelerate_prepared", "_original_forward", "forward")
+"""What accelerate leaves in a model that it has prepared."""
+
+
+class Walk:
+    """Takes the place of a trainer's prediction step: measures each batch and keeps the columns.
+
+    Attributes:
+        parts: Columns of the tokens of each batch of this process, repeated texts left out.
+        support: What the divergences are taken on.
+        top_k: How many ids the masses are taken over.
+    """
+
+    def __init__(self, trainer: DistillationTrainer, top_k: int) -> None:
+        self.trainer, self.top_k = trainer, top_k
+        self.parts: list[TokenFigures] = []
+        self.support = VOCABULARY
+        self.processes = PartialState().num_processes
+        self._seen, self._checked = 0, False
+
+    def over(self, dataset: Any) -> TokenFigures:
+        """Read all texts.
+
+        Args:
+            dataset: Rows or a `DistillationDataset`, as for `trainer.evaluate`.
+
+        Returns:
+            The tokens of all processes, sorted by text, the same on each.
+        """
+        with _unchanged_chance():
+            dataloader = self.trainer.get_eval_dataloader(dataset)
+            texts = dataloader.dataset
+            if isinstance(texts, DistillationDataset):
+                self.trainer.teacher.meet(texts, training=False)
+            with _same_epoch(texts), as_it_was(self.trainer), self._in_charge():
+                self.trainer.evaluation_loop(dataloader, "Fidelity", True, metric_key_prefix="fidelity")
+        return join(gather_object(self.parts) if self.processes > 1 else self.parts)
+
+    @contextmanager
+    def _in_charge(self) -> Iterator[None]:
+        """Be called for each batch of an evaluation, and let no callback hear of it: a bar would stay open."""
+        handler = self.trainer.callback_handler
+        self.trainer.prediction_step = self._step
+        handler.on_prediction_step = lambda args, state, control: control
+        try:
+            yield
+        finally:
+            del self.trainer.prediction_step, handler.on_prediction_step
+
+    def _step(
+        self, model: nn.Module, inputs: Mapping[str, Any], *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, None, None]:
+        """Measure one batch, inside the wrapped forward."""
+        batch = Batch.from_inputs(self.trainer._prepare_inputs(inputs))
+        module, found = self.trainer.accelerator.unwrap_model(model), []
+        with torch.no_grad(), self.trainer.accelerator.autocast():
+            # What leaves a wrapped forward may be changed by its hooks, so the columns leave beside it.
+            done = run_inside(model, module, lambda *_: self._inside(module, batch, found), batch.student.input_ids)
+        self._keep(found[0], len(batch.student.labels))
+        return done, None, None
+
+    def _inside(self, module: nn.Module, batch: Batch, found: list[TokenFigures]) -> Tensor:
+        teacher, flat = self.trainer.teacher, self.trainer.args.padding_free
+        if not self._checked:
+            check_head(module, batch.student, flat)
+            teacher.check_heads(lambda model: check_head(model, batch.teacher_view, flat))
+            self._checked = True
+        rows = teacher.signal(batch, frozenset({DISTRIBUTION})).rows
+        self._look_at(rows)
+        hidden, labels = run_view(module, batch.student, flat)
+        student, layout = DenseRows(supervised(hidden, labels), Head.of(module)), RowLayout.of(batch.student.labels)
+        found.append(
+            figures_of(
+                *(student, rows, batch.student.targets, layout.sequence, layout.position),
+                top_k=self.top_k,
+                chunk_size=self.trainer.objective.chunk_size,
+            )
+        )
+        return torch.zeros((), device=hidden.device)
+
+    def _look_at(self, rows: TeacherRows | None) -> None:
+        """Refuse rows that the figures can't be taken from, and note those that are known in part."""
+        if not isinstance(rows, LogitRows | TopKRows):
+            raise ValueError(
+                f"The teacher gave {type(rows).__name__}, and fidelity needs its distribution over the student's "
+                "vocabulary. Take a teacher that is a model with the student's tokenizer, or a cache with the codec "
+                "topk or hidden."
+            )
+        if not isinstance(rows, TopKRows):
+            self.top_k = min(self.top_k, rows.vocab_size)
+            return
+        if rows.temperature != 1.0:
+            raise ValueError(
+                f"The teacher's cache was made at temperature {rows.temperature}, and fidelity is measured at 1, to "
+                "which likeliest ids can't be converted. Build a cache at temperature 1, or one with the codec hidden."
+            )
+        listed = rows.ids.shape[-1]
+        self.support = VOCABULARY if listed == rows.vocab_size else f"{listed} likeliest ids and a tail"
+        self.top_k = min(self.top_k, listed)
+
+    def _keep(self, figures: TokenFigures, texts: int) -> None:
+        """Number the texts as one process would, and leave out what filled up the last batch."""
+        state = self.trainer.accelerator.gradient_state
+        here = PartialState().process_index * texts
+        kept = texts
+        if state.end_of_dataloader and state.remainder > 0:
+            kept = min(max(state.remainder - here, 0), texts)
+        self.parts.append(figures.of_texts(self._seen + here + np.arange(texts), kept))
+        self._seen += self.processes * texts
+
+
+def check_teacher(teacher: Teacher | None) -> None:
+    """Refuse a teacher whose distributions can't be held against the student's.
+
+    Raises:
+        ValueError: There is none, it is known through drawn ids only, or it has another vocabulary.
+    """
+    if teacher is None:
+        raise ValueError(
+            "Fidelity compares the student with its teacher, and this trainer has none. Pass `teacher=`, or leave "
+            "fidelity out."
+        )
+    if teacher.drawn:
+        raise ValueError(
+            "The teacher's cache keeps drawn ids only, which tell neither what it finds likeliest nor how far a token "
+            "is from it. Build a cache with the codec topk or hidden, or take a teacher in memory."
+        )
+    if teacher.other_vocabulary:
+        raise ValueError(
+            "The teacher has another vocabulary than the student, so their distributions can't be compared token by "
+            "token. Compare their answers instead: the metrics answer_agreement and rationale_similarity."
+        )
+
+
+@contextmanager
+def as_it_was(trainer: Trainer) -> Iterator[None]:
+    """Leave no trace of an evaluation in a trainer's model: its modes, and that accelerate has prepared it.
+
+    An evaluation before training marks the model as prepared, and training then takes it as it is: on several
+    processes each would train alone, without averaging a gradient.
+
+    Args:
+        trainer: Outside of training or inside.
+    """
+    model, accelerator = trainer.model, trainer.accelerator
+    fresh = not accelerator._models and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+    kept = {name: model.__dict__[name] for name in _PREPARED if name in model.__dict__}
+    wrapped = trainer.model_wrapped
+    try:
+        with evaluating(model):
+            yield
+    finally:
+        if fresh:
+            for name in _PREPARED:
+                model.__dict__.pop(name, None)
+            model.__dict__.update(kept)
+            accelerator._models.clear()
+            trainer.model_wrapped = wrapped
+
+
+@contextmanager
+def _unchanged_chance() -> Iterator[None]:
+    """Put the state of all random numbers back: a loader draws a seed whenever it is asked for batches."""
+    states = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+
+@contextmanager
+def _same_epoch(texts: Any) -> Iterator[None]:
+    """Put the epoch of the data back, which decides the student's demonstrations: a loader sets it."""
+    if not isinstance(texts, DistillationDataset):
+        yield
+        return
+    epoch = texts.epoch
+    try:
+        yield
+    finally:
+        texts.set_epoch(epoch)

@@ -1,0 +1,155 @@
+"""What may be in a file that is uploaded: masked in pages for people, refused in what a model is loaded by, and never
+printed.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from struct import pack
+
+import pytest
+import yaml
+from conftest import make_tokenizer
+from runs import PICTURE, SECRET, whole_run
+
+from hfkd.hub import plan_push
+from hfkd.uploads import collect
+from hfkd.uploads.contents import kind_of_secret
+
+HOME = str(Path.home() / "private" / "models")
+
+
+def planned(folder: Path) -> dict[str, bytes]:
+    """What would be uploaded, by its name."""
+    return {
+        one.path: one.content if isinstance(one.content, bytes) else one.content.read_bytes()
+        for one in plan_push(folder)
+    }
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The folder of a run."""
+    made = whole_run(tmp_path / "run")[0]
+    (made / "README.md").write_text("---\nlibrary_name: transformers\n---\n\n# It\n")
+    return made
+
+
+@pytest.mark.parametrize("name", ["README.md", "report.html", "run.json", "report.json", "recipe.yaml"])
+@pytest.mark.parametrize("found", [SECRET, HOME, "/home/anna/data/x.json", "{here}/x/y.json"])
+def test_pages_for_people_are_masked(folder: Path, name: str, found: str) -> None:
+    """A card, a record and a recipe are written by many hands; what is in them is public the next second."""
+    found = found.format(here=folder)
+    path = folder / name
+    if path.suffix == ".json":
+        path.write_text(json.dumps({**json.loads(path.read_text()), "note": f"from {found} on", "path": found}))
+    elif path.suffix == ".yaml":
+        path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "note": found}) + f"# made with {found}\n")
+    else:
+        path.write_text(path.read_text() + f"\nRead from `{found}` then.\n")
+    before = path.read_bytes()
+    sent = planned(folder)[name]
+    assert found.encode() not in sent and path.read_bytes() == before, "the run's own file is changed"
+    assert next(one for one in plan_push(folder) if one.path == name).masked
+    if path.suffix == ".json":
+        assert json.loads(sent)["status" if name == "run.json" else "k_shot"] is not None
+    elif path.suffix == ".yaml":
+        assert yaml.safe_load(sent)["training"]["max_steps"] == 3
+
+
+def test_secrets_by_their_key(folder: Path) -> None:
+    """A token of no known form is known by its key; in a report `token` is the name of a column."""
+    run = json.loads((folder / "run.json").read_text())
+    run["recipe"]["student"]["load_kwargs"] = {"token": "plain words"}
+    (folder / "run.json").write_text(json.dumps(run))
+    sent = planned(folder)
+    assert b"plain words" not in sent["run.json"]
+    assert json.loads(sent["report.json"])["fidelity"]["after"]["worst_tokens"][0]["token"] == " the"
+
+
+def test_what_holds_nothing_is_sent_as_it_is(folder: Path) -> None:
+    """A second push of the same run must find the same bytes, and a digest must still fit."""
+    for name, content in planned(folder).items():
+        assert content == (folder / name).read_bytes(), name
+    assert not any(one.masked for one in plan_push(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "key"), [("config.json", "note"), ("tokenizer_config.json", "extra"), ("generation_config.json", "x")]
+)
+@pytest.mark.parametrize(("found", "kind"), [(SECRET, "a token or a password"), (HOME, "a folder of this machine")])
+def test_what_a_model_is_loaded_by_is_refused(folder: Path, name: str, key: str, found: str, kind: str) -> None:
+    """One changed byte there and it is another model; so it isn't changed, and isn't sent."""
+    path = folder / name
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: {"deep": [found]}}))
+    with pytest.raises(ValueError, match=f"{name} in .* holds .*{kind}.*nothing was uploaded") as caught:
+        planned(folder)
+    assert found not in str(caught.value)
+
+
+def test_notes_of_where_it_came_from_are_cut(folder: Path) -> None:
+    """Libraries note the folder that they loaded from; nothing is loaded by it."""
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "name_or_path": f"{HOME}/small"}))
+    sent = json.loads(planned(folder)["tokenizer_config.json"])
+    assert sent["name_or_path"] == "small" and sent["pad_token"] == "<|im_end|>"
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "_name_or_path": "owner/name"}))
+    assert json.loads(planned(folder)["config.json"])["_name_or_path"] == "owner/name"
+
+
+def test_tokens_of_a_vocabulary_are_no_paths(folder: Path) -> None:
+    """A vocabulary holds `/home/user`, `/root` and whatever else was frequent; it must arrive as it is."""
+    path = folder / "tokenizer.json"
+    data = json.loads(path.read_text())
+    data["model"]["vocab"] |= {"/root": 400, "/home/user": 401, "/usr/lib/python3": 402}
+    path.write_text(json.dumps(data))
+    assert planned(folder)["tokenizer.json"] == path.read_bytes()
+    data["added_tokens"][0]["content"] = f"{HOME}/x"
+    path.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=r"tokenizer\.json"):
+        planned(folder)
+
+
+def test_what_hides_in_weights_and_pictures(folder: Path, tmp_path: Path) -> None:
+    """The header of a safetensors file has room for notes, and so has a picture."""
+    header = json.dumps(
+        {"__metadata__": {"made_in": HOME}, "a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}
+    )
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(pack("<Q", len(header)) + header.encode() + b"\0")
+    with pytest.raises(ValueError, match=r"model\.safetensors in .* holds a folder"):
+        planned(folder)
+    (folder / "model.safetensors").write_bytes(whole)
+    (folder / "plots/loss.png").write_bytes(PICTURE + b"tEXtAuthor\0" + SECRET.encode())
+    with pytest.raises(ValueError, match=r"loss\.png in .* holds what looks like a token"):
+        planned(folder)
+    (folder / "plots/loss.png").write_text("no picture")
+    with pytest.raises(ValueError, match="isn't a PNG"):
+        planned(folder)
+
+
+@pytest.mark.parametrize(("name", "content"), [("run.json", b"{"), ("recipe.yaml", b"a: [\n"), ("README.md", b"\xff")])
+def test_damaged_pages_are_refused(tmp_path: Path, name: str, content: bytes) -> None:
+    """What can't be read can't be gone over."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name} can't be read"):
+        collect(tmp_path, (name,))
+
+
+def test_a_chat_template_may_speak_of_tokens(tmp_path: Path) -> None:
+    """`{% set tool_token = '<tool>' %}` is no secret, and a template that is changed makes other prompts."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% set tool_token = '<tool>' %}{{ tool_token }}</tool></a/b>"
+    tokenizer.save_pretrained(tmp_path)
+    assert {one.path for one in collect(tmp_path)} >= {"chat_template.jinja", "tokenizer.json"}
+    assert not any(one.masked for one in collect(tmp_path))
+
+
+def test_what_a_secret_is() -> None:
+    """A filter that finds nothing, and one that finds everything, are both of no use."""
+    assert kind_of_secret(f"x {SECRET} y") and kind_of_secret("https://me:secret@host/x")
+    assert kind_of_secret(f"in {HOME}/x") and not kind_of_secret(f"in {HOME}/x", paths=False)
+    for harmless in ("https://huggingface.co/me/it/tree/main", "the token = of a text", "a/b/c", "***", "1/2/3"):
+        assert not kind_of_secret(harmless), harmless
