@@ -221,6 +221,7 @@ def test_a_whole_record_is_told(run: dict) -> None:
         "| expected calibration error | 19.0% | 3.4% | 2.1% |",
         "| Brier score (0 to 2) | 0.64 | 0.21 | 0.18 |",
         "on 48 held-out texts (1132 tokens)",
+        "| `' walked'` | 12 | 1.9 | `' walked'` | `' walk'` |",
         "](plots/loss.png)",
         "](plots/reliability.png)",
         "its likeliest token is another than the teacher's: it is not its teacher.",

@@ -253,7 +253,7 @@ def test_nothing_of_the_trainer_is_changed(tmp_path: Path) -> None:
     """
     updates = []
     for place in range(2):
-        trainer = make_trainer(tmp_path / str(place), student_shots=[0, 2], dataloader_num_workers=0)
+        trainer = make_trainer(tmp_path / str(place), student_shots=[0, 2], bf16_full_eval=True)
         trainer.train_dataset.set_epoch(3)
         trainer.model.train()
         trainer.model.base_model.model.model.layers[1].eval()

@@ -98,6 +98,7 @@ def test_wandb(tmp_path, monkeypatch):
         summary = dict(wandb.run.summary)
     finally:
         wandb.finish()
+        wandb.teardown()  # waits until all is on the disk
     assert summary["eval/k_shot_2"] == curve[-1]["eval_k_shot_2"] and summary["train/global_step"] == 2
     (path,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     lines = [line for line in history(path.read_bytes()) if "eval/k_shot_2" in line]

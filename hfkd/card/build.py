@@ -16,7 +16,7 @@ from hfkd.card.markdown import Markdown, block, bullets, code, code_cell, joined
 from hfkd.card.marker import marked
 from hfkd.card.metadata import licence, licence_words, metadata
 from hfkd.card.objective import cited, temperatures, term_lines, terms_of
-from hfkd.card.reading import count, section, text
+from hfkd.card.reading import count, entries, section, text
 from hfkd.card.results import (
     accuracy_of,
     accuracy_section,
@@ -71,7 +71,7 @@ def build_card(
     """
     run, report = (
         shareable({**section(run), "merged": merged or bool(section(run).get("merged"))}),
-        shareable(section(report)),
+        _shareable(section(report)),
     )
     parts = {**_story(run, report), **_figures(run, report), **_handling(run, report, files)}
     written = _template().render(
@@ -83,6 +83,20 @@ def build_card(
         **parts,
     )
     return marked(re.sub(r"\n{3,}", "\n\n", written).strip() + "\n")
+
+
+def _shareable(report: Mapping[str, Any]) -> dict[str, Any]:
+    """A report without what is secret; of the history numbers alone are read, and it may be long. A token of the text
+    is none, so it gets another key.
+    """
+    rest = {key: one for key, one in report.items() if key != "loss_history"}
+    if stages := section(report, "fidelity"):
+        rest["fidelity"] = {name: {**one, **_worst(one)} if section(one) else one for name, one in stages.items()}
+    return {**shareable(rest), "loss_history": report.get("loss_history")}
+
+
+def _worst(stage: Mapping[str, Any]) -> dict[str, Any]:
+    return {"worst_tokens": [{**one, "text": one.get("token")} for one in entries(stage, "worst_tokens")]}
 
 
 @cache
@@ -194,5 +208,5 @@ def _bibtex(run: Mapping[str, Any], ids: list[str]) -> Markdown:
     found += {"ema": ["1703.01780"], "snapshot": ["2006.12000"]}.get(kind, [])
     if has_adapter(run):
         found.append(LORA)
-    entries = bibtex(found)
-    return block(entries, "bibtex") if entries else Markdown("")
+    cited_papers = bibtex(found)
+    return block(cited_papers, "bibtex") if cited_papers else Markdown("")

@@ -169,7 +169,7 @@ def _figure(one: float | None, interval: tuple[float, float] | None, share: bool
 def worst_tokens(report: Mapping[str, Any], most: int = 5) -> Markdown:
     """The tokens on which the student is farthest from its teacher after training."""
     rows = [
-        (code_cell(repr(text_of(one, "token"))), count(one, "tokens"), _figure(number(one, "forward_kl"), None, False))
+        (code_cell(repr(text_of(one, "text"))), count(one, "tokens"), _figure(number(one, "forward_kl"), None, False))
         + (code_cell(repr(text_of(one, "teacher"))), code_cell(repr(text_of(one, "student"))))
         for one in entries(report, "fidelity.after.worst_tokens")[:most]
     ]

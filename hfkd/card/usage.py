@@ -21,6 +21,7 @@ def loading_code(run: Mapping[str, Any]) -> Markdown:
     model = "model = AutoModelForCausalLM.from_pretrained(where)"
     if is_adapter(run):
         imports = f"from peft import PeftModel\n{imports}"
+        imports = f"from pathlib import Path\n\n{imports}" if is_part(run) else imports
         model = f"{_base(run)}\nmodel = PeftModel.from_pretrained(base, where)"
     tokenizer = "tokenizer = AutoTokenizer.from_pretrained(where)"
     return block(f"{imports}\n{_WHERE}{tokenizer}\n{model}", "python")
@@ -28,7 +29,10 @@ def loading_code(run: Mapping[str, Any]) -> Markdown:
 
 def _base(run: Mapping[str, Any]) -> str:
     if is_part(run):
-        return 'base = AutoModelForCausalLM.from_pretrained(where, subfolder="base")'
+        return (
+            'beside = Path(where, "base")  # on the hub it is a repository of its own\n'
+            'base = AutoModelForCausalLM.from_pretrained(beside if beside.is_dir() else f"{where}-base")'
+        )
     name = one_line(base_id(run) or origin(run) or _BASE)
     revision = text(run, "origins.student.revision") or text(run, "recipe.student.revision")
     pinned = f", revision={_quoted(revision)}" if revision and base_id(run) else ""
@@ -42,8 +46,9 @@ def loading_words(run: Mapping[str, Any]) -> Markdown:
         return Markdown("")
     if is_part(run):
         return Markdown(
-            f"The adapter was trained on a part of {code(origin(run))}, which lies in `base/` beside it and belongs "
-            "to it: on the whole model it is another adapter."
+            f"The adapter was trained on a part of {code(origin(run))}, which lies in `base/` beside it (on the "
+            "hub in a repository of its own, named like this one with `-base`). On the whole model it is another "
+            "adapter."
         )
     if not base_id(run):
         return Markdown(

@@ -74,13 +74,18 @@ class Walk:
 
     @contextmanager
     def _in_charge(self) -> Iterator[None]:
-        """Be called for each batch of an evaluation, and let no callback hear of it: a bar would stay open."""
-        handler = self.trainer.callback_handler
+        """Be called for each batch of an evaluation. No callback hears of it (a bar would stay open), and the weights
+        keep the precision they are trained in, which Trainer else halves for good.
+        """
+        handler, args = self.trainer.callback_handler, self.trainer.args
+        halved = args.bf16_full_eval, args.fp16_full_eval
         self.trainer.prediction_step = self._step
         handler.on_prediction_step = lambda args, state, control: control
+        args.bf16_full_eval = args.fp16_full_eval = False
         try:
             yield
         finally:
+            args.bf16_full_eval, args.fp16_full_eval = halved
             del self.trainer.prediction_step, handler.on_prediction_step
 
     def _step(

@@ -117,10 +117,11 @@ class Ghosts(TorchDispatchMode):
         """
         memo: dict[int, Any] = {}
         for tensor in [*model.parameters(), *model.buffers()]:
-            if id(tensor) not in memo:
-                memo[id(tensor)] = ghost = self._ghost(tensor, device)
-                self.ledger.take(ghost, part)
+            if not self.real and id(tensor) not in memo:
+                memo[id(tensor)] = self._ghost(tensor, device)
         made = copy.deepcopy(model, memo)
+        for tensor in [*made.parameters(), *made.buffers()]:
+            self.ledger.take(tensor, part)
         made.to = lambda *_, **__: made  # it is where it would lie, and torch can't move what has no numbers
         return made
 

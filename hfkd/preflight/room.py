@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from hfkd.cache.folder import size_in_words
 from hfkd.preflight.findings import Finding
@@ -85,7 +86,9 @@ def check_room(run: Run, room: Room, console: Console) -> Iterator[Finding]:
         console: Where to.
     """
     console.print()
+    console.print(Text(f"Memory at the peak of training, on {room.each.device}", style="bold"))
     console.print(room_table(room))
+    console.print("What each part holds at the moment when all of them together are most.")
     each, several = room.each, room.each.processes > 1
     who = f"each of {each.processes} processes takes" if several else "the run takes"
     largest = max(each, key=lambda part: part.bytes)
@@ -114,9 +117,7 @@ def room_table(room: Room) -> Table:
     columns = {"one process": room.alone}
     if room.each.processes > 1:
         columns[f"each of {room.each.processes}"] = room.each
-    table = Table(title=f"Memory at the peak of training, on {room.each.device}", title_justify="left")
-    table.caption = "What each part holds at the moment when all of them together are most."
-    table.caption_justify = "left"
+    table = Table()
     table.add_column("Part")
     for name in columns:
         table.add_column(name, justify="right")

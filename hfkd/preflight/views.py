@@ -105,15 +105,23 @@ def show_examples(console: Console, run: Run, dataset: DistillationDataset, coun
         console.print(_view_table(f"Example {index}: the student reads", student, teacher, 0, run, run.tokenizer))
         if teacher is not None:
             read_by = (dataset.teacher_builder or run.builder).tokenizer
-            console.print(_view_table(f"Example {index}: the teacher reads", teacher, student, once, run, read_by))
+            title = f"Example {index}: the teacher reads"
+            console.print(_view_table(title, teacher, student, once, run, read_by, told=index > 0))
         elif run.teacher is not None and run.objective.needs:
             console.print("The teacher reads the same.")
     console.print(_legend(once, dataset))
 
 
 def _view_table(
-    title: str, view: Encoded, other: Encoded | None, once: int, run: Run, tokenizer: PreTrainedTokenizerBase
+    title: str,
+    view: Encoded,
+    other: Encoded | None,
+    once: int,
+    run: Run,
+    tokenizer: PreTrainedTokenizerBase,
+    told: bool = False,
 ) -> Table:
+    """One view, a line for each piece; what is run once needn't be told twice."""
     pieces = pieces_of(view, other, once)
     learned = sum(len(piece.ids) for piece in pieces if piece.kind == "learned")
     does = "learns" if "student" in title else "speaks of"
@@ -130,6 +138,8 @@ def _view_table(
     for piece in pieces:
         style = _COLOURS[piece.kind]
         text = _shown(tokenizer, piece.ids)
+        if piece.kind == "run once" and told:
+            text = "(the same as above)"
         if piece.kind == "learned" and _unwritten(run):
             text = f"(in the place of {text!r}: what the {_unwritten(run)} will write)"
         table.add_row(Text(piece.kind, style=style), str(len(piece.ids)), Text(text, style=style))
