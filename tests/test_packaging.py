@@ -24,7 +24,7 @@ MAKEFILE = (ROOT / "Makefile").read_text("utf-8")
 TARGETS = ("help", "quickstart", "check", "test", "test-dist", "test-gpu", "clean")
 
 # Pulled in by people who ask for them, and too large or too bound to a machine to be in the tested set.
-UNPINNED = {"lm-eval", "vllm"}
+UNPINNED = {"vllm"}
 
 
 def read_pins() -> dict[str, Version]:

@@ -28,7 +28,7 @@ from hfkd.eval.drawing import (
     whiskers,
 )
 
-_MOST_TICKS = 16
+_MOST_LETTERS = 95
 
 
 def draw_reliability(path: Path, fidelity: Mapping[str, Any]) -> bool:
@@ -169,7 +169,7 @@ def _draw_counts(
     axes.bar(range(len(ranges)), found, 0.7, color=PALE)
     axes.set(xlabel="Place in the answer (token)", ylabel="Tokens", xlim=(-0.6, len(ranges) - 0.4))
     names = [f"{first + 1}" if first == last else f"{first + 1}–{last + 1}" for first, last in ranges]
-    often = -(-len(ranges) // _MOST_TICKS)
+    often = -(-len(ranges) * (max(map(len, names)) + 1) // _MOST_LETTERS)  # so that no two of them touch
     axes.set_xticks(range(0, len(ranges), often), names[::often])
     axes.yaxis.set_major_locator(MaxNLocator(2, integer=True))
     axes.grid(axis="x", visible=False)

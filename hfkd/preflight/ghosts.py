@@ -108,20 +108,25 @@ class Ghosts(TorchDispatchMode):
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
 
     def of(self, model: nn.Module, device: torch.device, part: str) -> nn.Module:
-        """A model's ghost: the same modules, hooks and shared weights, and no numbers.
+        """A model's ghost: the same modules, hooks and shared weights, and no numbers. The model itself where numbers
+        are real.
 
         Args:
             model: On any device, the meta device too; it stays as it is.
             device: Where the ghost would lie.
             part: What its weights are for.
         """
-        memo: dict[int, Any] = {}
-        for tensor in [*model.parameters(), *model.buffers()]:
-            if not self.real and id(tensor) not in memo:
-                memo[id(tensor)] = self._ghost(tensor, device)
-        made = copy.deepcopy(model, memo)
+        made = model if self.real else self._without_numbers(model, device)
         for tensor in [*made.parameters(), *made.buffers()]:
             self.ledger.take(tensor, part)
+        return made
+
+    def _without_numbers(self, model: nn.Module, device: torch.device) -> nn.Module:
+        memo: dict[int, Any] = {}
+        for tensor in [*model.parameters(), *model.buffers()]:
+            if id(tensor) not in memo:
+                memo[id(tensor)] = self._ghost(tensor, device)
+        made = copy.deepcopy(model, memo)
         made.to = lambda *_, **__: made  # it is where it would lie, and torch can't move what has no numbers
         return made
 

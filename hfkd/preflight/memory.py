@@ -303,6 +303,8 @@ class _Plan:
         if setup.teacher == "cached":
             teacher = None
         known = asdict(memory(size, teacher, setup))
+        if setup.student_dtype == "float32" and not (self.config.bf16 or self.config.fp16):
+            known["activations"] *= 2  # they are reckoned in 16 bits there
         if not voices and not _keeps_a_copy(self.teacher):
             known["teacher"] = 0.0
         return {name: (value, value) for name, value in known.items() if name in PARTS and value}
