@@ -221,7 +221,7 @@ class Objective(nn.Module):
         rows_of_states = None
         if any(isinstance(term.loss, StateLoss) for term in terms):
             rows_of_states = _state_rows(states, signal, layout, targets)
-        head, teacher = _shared_vocabulary(student.head, teacher, targets)
+        head, teacher = shared_vocabulary(student.head, teacher, targets)
         run = self._run(terms, head, teacher, targets, weights, layout, measure_agreement)
         totals, parts = [], {}
         if run.terms:
@@ -330,7 +330,7 @@ def _check_rows(student: DenseRows, teacher: TeacherRows | None, targets: Tensor
         )
 
 
-def _shared_vocabulary(head: Head, teacher: TeacherRows | None, targets: Tensor) -> tuple[Head, TeacherRows | None]:
+def shared_vocabulary(head: Head, teacher: TeacherRows | None, targets: Tensor) -> tuple[Head, TeacherRows | None]:
     """Cut both heads to the ids that both models score: padded vocabularies of one family differ in their tails
     only.
     """

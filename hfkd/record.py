@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 import re
 import shutil
@@ -19,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from hfkd.files import write_json
 from hfkd.masking import is_secret, shareable
 
 RECORD_NAME = "run.json"
@@ -96,21 +96,6 @@ class RunRecord:
     def write(self, folder: str | Path) -> Path:
         """Write `run.json` into the folder, whole or not at all, and return its path."""
         return write_json(Path(folder) / RECORD_NAME, self.to_dict())
-
-
-def write_json(path: Path, content: Any) -> Path:
-    """Write JSON beside the target and move it there, so that a reader never meets half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with draft.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
-    return path
 
 
 def package_versions() -> dict[str, str]:

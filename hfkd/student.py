@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from hfkd.batch import View
 from hfkd.config import DistillationConfig
@@ -20,10 +21,13 @@ from hfkd.loading import load_causal_lm
 from hfkd.packing import check_segments, drop_padding, reads_flat
 from hfkd.rows import Head, decode, input_device
 from hfkd.states import nearest_lists
+from hfkd.teachers import evaluating
 
 _OWN_NUMBER = ("layer_idx", "layer_id", "layer_number")
 # Of a block's plain attributes those that say nothing of what it computes.
 _INCIDENTAL = (*_OWN_NUMBER, "training", "gradient_checkpointing")
+_PREPARED = ("_is_accelerate_prepared", "_original_forward", "forward")
+"""What accelerate leaves in a model that it has prepared."""
 
 
 def make_student(model: Any, peft_config: Any, args: DistillationConfig) -> nn.Module:
@@ -230,3 +234,29 @@ def _renamed(state: Mapping[str, Tensor], prefix: str, numbers: Sequence[int]) -
         number, _, rest = name.removeprefix(prefix).partition(".")
         if number in places:
             yield f"{prefix}{places[number]}.{rest}", weight
+
+
+@contextmanager
+def as_it_was(trainer: Trainer) -> Iterator[None]:
+    """Leave no trace of an evaluation in a trainer's model: its modes, and that accelerate has prepared it.
+
+    An evaluation before training marks the model as prepared, and training then takes it as it is: on several
+    processes each would train alone, without averaging a gradient.
+
+    Args:
+        trainer: Outside of training or inside.
+    """
+    model, accelerator = trainer.model, trainer.accelerator
+    fresh = not accelerator._models and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+    kept = {name: model.__dict__[name] for name in _PREPARED if name in model.__dict__}
+    wrapped = trainer.model_wrapped
+    try:
+        with evaluating(model):
+            yield
+    finally:
+        if fresh:
+            for name in _PREPARED:
+                model.__dict__.pop(name, None)
+            model.__dict__.update(kept)
+            accelerator._models.clear()
+            trainer.model_wrapped = wrapped

@@ -54,7 +54,7 @@ from hfkd.rollout.on_policy import Mixture, Writer
 from hfkd.rows import DenseRows, Head, RowLayout, supervised
 from hfkd.signal import STATES, TeacherSignal
 from hfkd.states import recording
-from hfkd.student import check_head, make_student, pad_token
+from hfkd.student import as_it_was, check_head, make_student, pad_token
 from hfkd.teachers import Teacher, as_teacher, evaluating
 from hfkd.writing import make_writer
 
@@ -373,7 +373,7 @@ class DistillationTrainer(LongRunTrainer):
         """As in `Trainer`, with the loss per token over the whole set, and each term beside it."""
         check_wrapped(self.accelerator, self.model)
         self._eval_sums = []
-        with self.meter.paused():
+        with self.meter.paused(), as_it_was(self):
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         sums, self._eval_sums = self._eval_sums, None
         agreement = bool(self.objective.needs) and self.args.log_agreement

@@ -190,7 +190,7 @@ def do_run(plan: Plan, name: str, seed: int) -> dict[str, Any]:
     from ablation_measuring import measure_folder
     from rich.console import Console
 
-    from hfkd.record import write_json
+    from hfkd.files import write_json
     from hfkd.run import run_recipe
 
     recipe, folder = load(plan, name, seed), run_folder(plan, name, seed)
@@ -309,7 +309,8 @@ def main(
         plan = prepare(steps, threads, given, model, output, keep_weights)
         baselines, results = do_all(plan, names, seeds, processes)
         summary = summarize(results)
-        from hfkd.record import mask, write_json
+        from hfkd.files import write_json
+        from hfkd.masking import mask
 
         settings = {"steps": steps, "seeds": seeds, "processes": processes, "threads": threads, "model": plan.model}
         content = {"settings": settings, "baselines": baselines, "objectives": summary, "runs": results}

@@ -103,7 +103,7 @@ def fidelity(stage: str) -> dict:
         "by_position": _by_position(0.72, 0.6) if after else _by_position(0.2, 4.6),
         "worst_tokens": [
             {
-                "token": word,
+                "text": word,
                 "tokens": 12 - place,
                 "forward_kl": 1.9 / (place + 1),
                 "total": (12 - place) * 1.9 / (place + 1),

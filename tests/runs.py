@@ -62,7 +62,7 @@ def write_run(
         "data": {"train": {"rows": 16, "sha256": "a" * 64}},
         "origins": {"student": {"id": origin, "source": source, "revision": None, "licence": None}},
     }
-    words = [{"token": " the", "tokens": 3, "forward_kl": 0.2, "total": 0.6, "student": " a", "teacher": " the"}]
+    words = [{"text": " the", "tokens": 3, "forward_kl": 0.2, "total": 0.6, "student": " a", "teacher": " the"}]
     report = {"k_shot": {}, "k_shot_details": {}, "loss_history": [], "fidelity": {"after": {"worst_tokens": words}}}
     (folder / "run.json").write_text(json.dumps(run, indent=2) + "\n")
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")

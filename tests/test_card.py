@@ -14,7 +14,6 @@ from reports import whole_report, whole_run
 from hfkd.card import build_card, is_untouched
 from hfkd.card.citations import PAPERS, arxiv_ids
 from hfkd.card.objective import docstring_part, formula_of, paper_of, term_lines
-from hfkd.card.results import wilson
 from hfkd.losses import LOSSES, STATE_LOSSES
 from hfkd.losses.base import docstring_section
 from hfkd.recipe.schema import Recipe
@@ -199,14 +198,6 @@ def test_papers_are_papers_of_the_losses_or_of_the_method() -> None:
     assert {"1503.02531", "2306.08543", "2402.17110"} <= ours & set(PAPERS)
     assert set(PAPERS) - ours == {"1703.01780", "2006.12000", "2106.09685", "2406.14208"}
     assert len({paper.key for paper in PAPERS.values()}) == len(PAPERS)
-
-
-def test_wilsons_interval() -> None:
-    """An interval that leaves the shares, or is nothing at 0 %, hides how little 48 items say."""
-    low, high = wilson(0.5, 10)
-    assert (round(low, 4), round(high, 4)) == (0.2366, 0.7634), "by hand, from its definition"
-    assert wilson(0.0, 48)[0] == 0.0 and round(wilson(0.0, 48)[1], 4) == 0.0741
-    assert wilson(1.0, 48)[1] == 1.0 and wilson(1.0, 48)[0] > 0.9
 
 
 def test_a_whole_record_is_told(run: dict) -> None:

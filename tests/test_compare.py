@@ -14,11 +14,11 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from hfkd.cli.compare import compare
-from hfkd.eval.compare import Series, Side, bootstrap_interval, compare_sides, sign_test
-from hfkd.eval.comparison_tables import print_comparison
+from hfkd.eval.comparison.compare import Series, Side, bootstrap_interval, compare_sides, sign_test
+from hfkd.eval.comparison.sides import load_sides
+from hfkd.eval.comparison.tables import print_comparison
 from hfkd.eval.predictions import write_predictions
 from hfkd.eval.results import Results
-from hfkd.eval.sides import load_sides
 
 
 def lines(right: str, stage: str = "after", *, task: str = "verbs", first: int = 0, shots: int = 0) -> list[dict]:

@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 
 import hfkd.run.evaluation
 from hfkd.cli.main import app
-from hfkd.eval.compare import compare_sides
+from hfkd.eval.comparison.compare import compare_sides
+from hfkd.eval.comparison.sides import load_sides
 from hfkd.eval.generation import generation_quality
-from hfkd.eval.sides import load_sides
 from hfkd.recipe import load_recipe
 from hfkd.run import run_recipe
 from hfkd.run.evaluation import evaluate_recipe

@@ -11,10 +11,10 @@ import torch
 import yaml
 from conftest import make_model, make_tokenizer
 
-from hfkd.eval.compare import compare_sides
+from hfkd.eval.comparison.compare import compare_sides
+from hfkd.eval.comparison.sides import load_sides
 from hfkd.eval.harness import HarnessSettings, check_harness, run_harness
 from hfkd.eval.results import Results
-from hfkd.eval.sides import load_sides
 
 installed = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs the extra eval: lm_eval")
 WORDS = "walk talk jump look call ask work play".split()

@@ -22,8 +22,8 @@ from hfkd.eval.k_shot import (
     evaluate_k_shot,
     gold_answer,
     score,
-    wilson_interval,
 )
+from hfkd.intervals import wilson_interval
 from hfkd.rollout import Completion, HFRollout
 
 DEMONSTRATIONS = [{"prompt": word, "completion": f" {word}ed"} for word in ("walk", "call", "jump", "look")]

@@ -36,6 +36,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "named",
         "masking",
         "uploads",
+        "files",
+        "intervals",
     ),
     ("losses", "terms", "plan", "chunks", "objective", "data", "cache"),
     ("teachers", "rollout"),
@@ -59,7 +61,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "origins",
         "energy",
     ),
-    ("eval", "card", "hub"),
+    ("eval", "report", "card", "hub"),
     (
         *("recipe", "run", "preflight"),
         *("cli", "__main__"),

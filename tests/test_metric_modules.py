@@ -86,7 +86,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         {"predictions": [HALF, NINE, HALF], "references": [NINE, NINE, NINE], "gold": [1, 1, 0], "count": 1},
         {
             "worst_tokens": [
-                {"token": "0", "tokens": 1, "forward_kl": FORWARD, "total": FORWARD, "student": "0", "teacher": "0"}
+                {"text": "0", "tokens": 1, "forward_kl": FORWARD, "total": FORWARD, "student": "0", "teacher": "0"}
             ]
         },
     ),

@@ -12,7 +12,7 @@ from html.parser import HTMLParser
 import pytest
 from reports import details, whole_report, whole_run
 
-from hfkd.eval.page import build_page
+from hfkd.report.page import build_page
 
 PIXEL = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -284,7 +284,7 @@ def test_no_secret_and_no_folder_of_this_machine(tmp_path, monkeypatch):
 def test_letters_that_have_no_bytes_dont_break_the_file():
     """Prevents half a letter in an answer, as a cut token leaves it, from an error when the page is written."""
     report = whole_report()
-    report["fidelity"]["after"]["worst_tokens"][0]["token"] = "\ud83d"
+    report["fidelity"]["after"]["worst_tokens"][0]["text"] = "\ud83d"
     report["k_shot_details"] = details(after={0: 0.5})
     report["k_shot_details"]["after"]["0"]["verdict"] = "always '\udc00'"
     text = build_page(json.loads(json.dumps(whole_run())), report, {})

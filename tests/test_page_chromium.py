@@ -13,8 +13,8 @@ import threading
 import pytest
 from reports import whole_report, whole_run
 
-from hfkd.eval.page import build_page
-from hfkd.eval.plots import draw_plots
+from hfkd.report.page import build_page
+from hfkd.report.plots import draw_plots
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium, chromium-browser or google-chrome")

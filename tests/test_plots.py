@@ -10,10 +10,10 @@ import pytest
 from matplotlib.figure import Figure
 from reports import details, fidelity, history, shot_result, whole_report
 
-from hfkd.eval import drawing
-from hfkd.eval.drawing import LOOKS, looks_of, shown_name
-from hfkd.eval.fidelity_plots import draw_agreement, draw_reliability
-from hfkd.eval.plots import draw_accuracy, draw_comparison, draw_loss, draw_plots
+from hfkd.report import drawing
+from hfkd.report.drawing import LOOKS, looks_of, shown_name
+from hfkd.report.fidelity_plots import draw_agreement, draw_reliability
+from hfkd.report.plots import draw_accuracy, draw_comparison, draw_loss, draw_plots
 
 WHOLE = ["loss.png", "accuracy.png", "accuracy-plural.png", "reliability.png", "agreement.png"]
 

@@ -72,7 +72,7 @@ def test_an_adapter_arrives_whole_and_nothing_else_does(hub: Hub, base: str, tmp
         == AutoTokenizer.from_pretrained(folder)("walk").input_ids
     )
     words = json.loads(files["report.json"])["fidelity"]["after"]["worst_tokens"]
-    assert words[0]["token"] == " the", "a column called token is no secret"
+    assert words[0]["text"] == " the", "what is shown of the text goes along"
 
 
 def test_a_whole_model_and_its_second_push(hub: Hub, tmp_path: Path) -> None:

@@ -59,13 +59,13 @@ def test_pages_for_people_are_masked(folder: Path, name: str, found: str) -> Non
 
 
 def test_secrets_by_their_key(folder: Path) -> None:
-    """A token of no known form is known by its key; in a report `token` is the name of a column."""
+    """A token of no known form is known by its key."""
     run = json.loads((folder / "run.json").read_text())
     run["recipe"]["student"]["load_kwargs"] = {"token": "plain words"}
     (folder / "run.json").write_text(json.dumps(run))
     sent = planned(folder)
     assert b"plain words" not in sent["run.json"]
-    assert json.loads(sent["report.json"])["fidelity"]["after"]["worst_tokens"][0]["token"] == " the"
+    assert json.loads(sent["report.json"])["fidelity"]["after"]["worst_tokens"][0]["text"] == " the"
 
 
 def test_what_holds_nothing_is_sent_as_it_is(folder: Path) -> None:

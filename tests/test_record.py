@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from hfkd.files import write_json
 from hfkd.masking import mask, mask_secrets, safe_command
 from hfkd.record import (
     UNFINISHED,
@@ -16,7 +17,6 @@ from hfkd.record import (
     clear_output_folder,
     recipe_fingerprint,
     rows_fingerprint,
-    write_json,
 )
 
 TOKEN = "hf_" + "aBcDeFgHiJkLmNoPqRsTuVwXyZ0123456789"[:34]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from hfkd.batch import IGNORE, View
+from hfkd.files import write_whole
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -81,23 +81,6 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: under another name first, moved when it lies on the disk.
-
-    Raises:
-        OSError: It can't be written; nothing is left of it.
-    """
-    draft = path.with_name(f".{path.name}.draft-{os.getpid()}")
-    try:
-        with draft.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 @dataclass

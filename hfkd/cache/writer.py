@@ -35,9 +35,9 @@ from hfkd.cache.format import (
     json_digest,
     row_key,
     shard_name,
-    write_whole,
 )
 from hfkd.data.tokenize import Encoded
+from hfkd.files import write_whole
 from hfkd.rows import DenseRows, Head
 
 SHARD_BYTES = 64 * 2**20

@@ -4,7 +4,7 @@ What isn't in the files isn't on the card, but is named there; what only a perso
 """
 
 from hfkd.card.build import build_card
-from hfkd.card.folder import CardError, card_of_folder, read_run, write_card, write_whole
+from hfkd.card.folder import CardError, card_of_folder, read_run, write_card
 from hfkd.card.marker import is_untouched
 
-__all__ = ["CardError", "build_card", "card_of_folder", "is_untouched", "read_run", "write_card", "write_whole"]
+__all__ = ["CardError", "build_card", "card_of_folder", "is_untouched", "read_run", "write_card"]

@@ -16,7 +16,7 @@ from hfkd.card.markdown import Markdown, block, bullets, code, code_cell, joined
 from hfkd.card.marker import marked
 from hfkd.card.metadata import licence, licence_words, metadata
 from hfkd.card.objective import cited, temperatures, term_lines, terms_of
-from hfkd.card.reading import count, entries, section, text
+from hfkd.card.reading import count, section, text
 from hfkd.card.results import (
     accuracy_of,
     accuracy_section,
@@ -86,17 +86,9 @@ def build_card(
 
 
 def _shareable(report: Mapping[str, Any]) -> dict[str, Any]:
-    """A report without what is secret; of the history numbers alone are read, and it may be long. A token of the text
-    is none, so it gets another key.
-    """
+    """A report without what is secret; of the history numbers alone are read, and it may be long."""
     rest = {key: one for key, one in report.items() if key != "loss_history"}
-    if stages := section(report, "fidelity"):
-        rest["fidelity"] = {name: {**one, **_worst(one)} if section(one) else one for name, one in stages.items()}
     return {**shareable(rest), "loss_history": report.get("loss_history")}
-
-
-def _worst(stage: Mapping[str, Any]) -> dict[str, Any]:
-    return {"worst_tokens": [{**one, "text": one.get("token")} for one in entries(stage, "worst_tokens")]}
 
 
 @cache

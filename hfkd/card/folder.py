@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from hfkd.card.build import build_card
 from hfkd.card.marker import is_untouched
 from hfkd.card.reading import section
 from hfkd.card.words import has_adapter, is_adapter
+from hfkd.files import write_whole
 
 CARD_NAME = "README.md"
 _ADAPTER = frozenset({"adapter_model.safetensors"})
@@ -156,19 +156,6 @@ def write_card(path: str | Path, card: str, *, overwrite: bool = False) -> Path:
             "card elsewhere with --out, or lose that one with --overwrite"
         )
     return write_whole(path, card)
-
-
-def write_whole(path: str | Path, words: str) -> Path:
-    """Write a text beside the target and move it there, so that nobody reads half of it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        draft.write_text(words, encoding="utf-8")
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
-    return path
 
 
 def _present(path: Path) -> str:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from hfkd.card.markdown import Markdown, bullets, code_cell, table
 from hfkd.card.reading import count, entries, number, pair, section, text
+from hfkd.intervals import wilson_interval
 
 STAGES = {"before": "before", "after": "after", "gold": "fine-tuned on gold answers", "teacher": "teacher"}
-_Z = 1.959963984540054  # both tails of a normal distribution beyond it hold 5 %
 
 
 class Accuracy(NamedTuple):
@@ -57,16 +56,7 @@ def accuracy_of(details: Mapping[str, Any], stage: str, shots: str) -> Accuracy 
     items = count(result, "items")
     if (known := pair(result, "interval")) is not None:
         return Accuracy(share, *known)
-    return Accuracy(share, *wilson(share, items)) if items > 0 else Accuracy(share, 0.0, 1.0)
-
-
-def wilson(share: float, items: int) -> tuple[float, float]:
-    """The 95 % interval of a share of so many items after Wilson."""
-    middle = share + _Z**2 / (2 * items)
-    half = _Z * math.sqrt(share * (1 - share) / items + _Z**2 / (4 * items**2))
-    scale = 1 + _Z**2 / items
-    low, high = (middle - half) / scale, (middle + half) / scale
-    return (0.0 if share == 0 else max(0.0, low)), (1.0 if share == 1 else min(1.0, high))
+    return Accuracy(share, *wilson_interval(share * items, items)) if items > 0 else Accuracy(share, 0.0, 1.0)
 
 
 def shots_of(details: Mapping[str, Any]) -> list[str]:

@@ -35,8 +35,8 @@ def card(
 
 
 def _write_page(folder: Path, run: dict, report: dict, text: str) -> Path:
-    from hfkd.card import write_whole
-    from hfkd.eval.page import build_page
+    from hfkd.files import write_whole
+    from hfkd.report.page import build_page
 
     pictures = {f"plots/{path.name}": path.read_bytes() for path in sorted((folder / "plots").glob("*.png"))}
     return write_whole(folder / "report.html", build_page(run, report, pictures, text))

@@ -28,10 +28,10 @@ def compare(
     """Compare each RUN with the first one, on the items that both were asked; of one RUN, what training changed."""
     with user_errors(traceback):
         from hfkd.cli.quiet import quiet_libraries
-        from hfkd.eval.compare import compare_sides
-        from hfkd.eval.comparison_tables import print_comparison
-        from hfkd.eval.report import write_report
-        from hfkd.eval.sides import load_sides
+        from hfkd.eval.comparison.compare import compare_sides
+        from hfkd.eval.comparison.sides import load_sides
+        from hfkd.eval.comparison.tables import print_comparison
+        from hfkd.report.written import write_report
 
         quiet_libraries()
         found = compare_sides(load_sides(runs, stage), draws=draws, seed=seed)

@@ -12,7 +12,6 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from statistics import NormalDist
 from typing import Any
 
 from rich.markup import escape
@@ -24,11 +23,11 @@ from hfkd.data.messages import Row, completion_text
 from hfkd.data.prompts import PromptBuilder
 from hfkd.data.select import check_leakage
 from hfkd.eval.answers import EXTRACTORS, match
+from hfkd.intervals import wilson_interval
 from hfkd.rollout.base import GenerationSettings
 from hfkd.rollout.hf import HFRollout
 
 _LONGEST_QUOTE = 30
-_Z = NormalDist().inv_cdf(0.975)
 
 
 @dataclass
@@ -237,19 +236,6 @@ def score(shots: int, predictions: Sequence[str | None], golds: Sequence[str], t
     )
     result.verdict = _verdict(result)
     return result
-
-
-def wilson_interval(right: int, items: int) -> tuple[float, float]:
-    """The 95 % interval of a share, after Wilson (1927): never below 0 or above 1, and never of width 0.
-
-    Args:
-        right: How many of them count, from 0 to `items`.
-        items: How many there are, at least 1.
-    """
-    share, per_item = right / items, _Z * _Z / items
-    centre = (share + per_item / 2) / (1 + per_item)
-    half = _Z * math.sqrt(share * (1 - share) / items + per_item / (4 * items)) / (1 + per_item)
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def _check(items: Sequence[Row], demonstrations: Sequence[Row], shots: Sequence[int], extract: str) -> None:

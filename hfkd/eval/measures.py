@@ -230,7 +230,7 @@ def worst_tokens(
     totals = np.bincount(group, weights=np.asarray(forward_kl, dtype=float))
     return [
         {
-            "token": name(int(ids[number])),
+            "text": name(int(ids[number])),
             "tokens": int(occurrences[number]),
             "forward_kl": float(totals[number] / occurrences[number]),
             "total": float(totals[number]),

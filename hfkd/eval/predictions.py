@@ -14,7 +14,7 @@ from typing import Any
 
 from hfkd.data.messages import Row, prompt_key
 from hfkd.eval.k_shot import KShotReport, gold_answer
-from hfkd.eval.report import write_whole
+from hfkd.files import write_whole
 from hfkd.masking import shareable_text
 
 PREDICTIONS_NAME = "predictions.jsonl"
@@ -65,7 +65,7 @@ def prediction_lines(task: str, stage: str, report: KShotReport, items: Sequence
 def write_predictions(path: str | Path, lines: Iterable[Mapping[str, Any]]) -> Path:
     """Write the lines of `prediction_lines`, whole or not at all, and return the path."""
     text = "".join(json.dumps(dict(line), ensure_ascii=False) + "\n" for line in lines)
-    write_whole(Path(path), lambda stream: stream.write(text.encode("utf-8")))
+    write_whole(path, text)
     return Path(path)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hfkd.eval.report import write_report
+from hfkd.report.written import write_report
 
 KIND, SCHEMA = "hfkd evaluation", 1
 

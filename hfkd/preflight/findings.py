@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from hfkd.files import write_json
 from hfkd.masking import mask_secrets, shareable
-from hfkd.record import write_json
 
 Level = Literal["pass", "warning", "error"]
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers import Trainer
 
 from hfkd.batch import Batch
@@ -259,8 +260,13 @@ def _autocast(config: DistillationConfig, device: torch.device) -> Iterator[None
         yield
 
 
+_MEASURED = 2**22
+"""Logits that a loss is measured on at most."""
+
+
 def measured_reader(objective: Objective, width: int, vocab_size: int) -> ReadBlock:
-    """Stand in for terms that look at numbers: run them for real on a few rows, and take as much memory a row.
+    """Stand in for terms that look at numbers: run them for real on as many rows as they are given, and take as much
+    memory. Of many rows a few are run, and the rest is taken to grow with them.
 
     Args:
         objective: It stays as it is.
@@ -270,45 +276,42 @@ def measured_reader(objective: Objective, width: int, vocab_size: int) -> ReadBl
     Returns:
         What takes the place of `hfkd.chunks.read_block` in a rehearsal.
     """
-    terms = [copy.deepcopy(term) for term in objective.terms]
     known: dict[tuple[str, ...], float] = {}
 
     def read(asked: list[Term], chunk: TokenChunk, weights: Tensor | None) -> list[Tensor]:
-        names = tuple(term.name for term in asked)
-        if names not in known:
-            some = [term for term in terms if term.name in names]
-            known[names] = _buffers_a_row(some, width, vocab_size, objective.tail)
+        rows = max(1, min(len(chunk), _MEASURED // vocab_size))
+        key = (str(rows), *(term.name for term in asked))
+        if key not in known:
+            terms = [copy.deepcopy(term) for term in objective.terms if term.name in key[1:]]
+            known[key] = _buffers(terms, rows, width, vocab_size, objective.tail)
         logits = chunk._student_logits
-        taken = logits.new_empty(max(0, round((known[names] - 1) * len(logits))), vocab_size)
-        values = [logits.sum() for _ in asked]  # its gradient is one more buffer
+        taken = logits.new_empty(max(0, round((known[key] - 1) * logits.numel())))
+        values = [logits.sum() for _ in asked]  # its gradient is one buffer more
         del taken
         return values
 
     return read
 
 
-def _buffers_a_row(terms: list[Term], width: int, vocab_size: int, tail: Any) -> float:
-    """How many times a row's logits the terms take at once, both models' logits not counted."""
+def _buffers(terms: list[Term], rows: int, width: int, vocab_size: int, tail: Any) -> float:
+    """How many times the logits of a model the terms take at once, the logits themselves not counted."""
     with _really():
         for term in terms:
             term.loss.prepare(width, vocab_size)
-        ledger, rows = Ledger(), 8
+        ledger = Ledger()
         with Ghosts(ledger, real=True):
             targets = torch.arange(rows) % vocab_size
-            logits = [torch.randn(rows, vocab_size) for _ in range(2)]
+            leaf, teacher = torch.randn(rows, vocab_size).requires_grad_(), torch.randn(rows, vocab_size)
+            hidden = torch.randn(rows, width)
             before = ledger.total
             ledger.begin()
-            leaf = logits[0].requires_grad_()
-            chunk = TokenChunk(targets, leaf, logits[1], tail=tail, hidden=torch.randn(rows, width), group=0)
-            total = sum(read_block(terms, chunk, None))
-            torch.autograd.grad(total, [leaf], allow_unused=True)
-        return (sum(ledger.peak.values()) - before) / (rows * vocab_size * 4)
+            chunk = TokenChunk(targets, leaf, teacher, tail=tail, hidden=hidden, group=0)
+            torch.autograd.grad(sum(read_block(terms, chunk, None)), [leaf], allow_unused=True)
+        return (sum(ledger.peak.values()) - before) / leaf.nbytes
 
 
 @contextmanager
 def _really() -> Iterator[None]:
     """Out of the ghosts for a moment."""
-    from torch.utils._python_dispatch import _disable_current_modes
-
     with _disable_current_modes(), torch.enable_grad():
         yield

@@ -21,9 +21,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from hfkd.batch import Batch, View
 from hfkd.cache import CacheError, CacheWriter, Codec, Hidden, Manifest, clear_cache, compare, texts_of
 from hfkd.cache.folder import alone_in, is_full, remove_notes, size_in_words
-from hfkd.cache.format import MANIFEST_NAME, write_whole
+from hfkd.cache.format import MANIFEST_NAME
 from hfkd.compatibility import check_readers_of_draws
 from hfkd.data.prompts import PromptBuilder
+from hfkd.files import write_whole
 from hfkd.loading import load_config_of, readable
 from hfkd.recipe.schema import Recipe
 from hfkd.rows import DenseRows, Head, input_device
@@ -295,7 +296,7 @@ def _sort_answers(path: Path) -> None:
     first, *lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     ordered = first + "".join(sorted(lines, key=lambda line: json.loads(line)["prompt"]))
     try:
-        write_whole(path, ordered.encode())
+        write_whole(path, ordered)
     except OSError as problem:
         if not is_full(problem):
             raise

@@ -1,7 +1,7 @@
 """Runs a recipe: k-shot before, the teacher's answers, training, k-shot after, the comparisons, and what is written.
 
 Every process takes part in each model pass, so that sharded models work; the first one alone prints and writes. What
-the objects are and how they are made is `hfkd.run.build`; how the results read is `hfkd.eval.report` and `hfkd.card`.
+the objects are and how they are made is `hfkd.run.build`; how the results read is `hfkd.report` and `hfkd.card`.
 """
 
 from __future__ import annotations

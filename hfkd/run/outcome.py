@@ -14,15 +14,16 @@ import yaml
 from rich.console import Console
 
 from hfkd.card import build_card
-from hfkd.eval.page import build_page
-from hfkd.eval.plots import draw_plots
 from hfkd.eval.predictions import write_predictions
-from hfkd.eval.report import write_report
+from hfkd.files import write_whole
 from hfkd.hub import push
 from hfkd.losses.base import docstring_section
 from hfkd.objective import Objective
 from hfkd.origins import origin_of_model, origin_of_rows
 from hfkd.recipe.schema import Recipe
+from hfkd.report.page import build_page
+from hfkd.report.plots import draw_plots
+from hfkd.report.written import write_report
 
 if TYPE_CHECKING:
     from hfkd.run.build import Run
@@ -45,11 +46,11 @@ def write_outcome(
     if predictions:
         write_predictions(folder / "predictions.jsonl", predictions)
     pictures = draw_plots(folder / PLOTS, report)
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(record["recipe"], sort_keys=False), encoding="utf-8")
+    write_whole(folder / "recipe.yaml", yaml.safe_dump(record["recipe"], sort_keys=False))
     card = build_card(record, report, files=[f"{PLOTS}/{path.name}" for path in pictures])
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    write_whole(folder / "README.md", card)
     page = build_page(record, report, {path.name: path.read_bytes() for path in pictures}, card)
-    (folder / "report.html").write_text(page, encoding="utf-8")
+    write_whole(folder / "report.html", page)
 
 
 def describe_objective(objective: Objective) -> list[dict[str, Any]]:

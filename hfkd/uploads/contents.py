@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from hfkd.masking import KNOWN_SECRETS, MASK, mask, mask_secrets, shareable, shareable_text
+from hfkd.masking import KNOWN_SECRETS, MASK, mask_secrets, shareable, shareable_text
 
 PAGES = ("README.md", "run.json", "report.json", "report.html", "recipe.yaml")
 """Files that hfkd writes for people: in these something is masked, where others are refused."""
@@ -101,10 +101,10 @@ def check_data(source: Path, data: Any) -> None:
 def _page(source: Path, text: str) -> tuple[Path | bytes, str]:
     """A page for people, with what must not leave masked."""
     if source.suffix == ".json":
-        masked = _masked_data(json.loads(text), source.name, lambda data: json.dumps(data, indent=2) + "\n")
+        masked = _masked_data(json.loads(text), lambda data: json.dumps(data, indent=2) + "\n")
     elif source.suffix == ".yaml":
         masked = _masked_data(
-            yaml.safe_load(text), source.name, lambda data: yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+            yaml.safe_load(text), lambda data: yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
         )
         masked = masked or (masked_text(text) if kind_of_secret(text) else None)  # in a comment
     else:
@@ -116,11 +116,9 @@ def _page(source: Path, text: str) -> tuple[Path | bytes, str]:
     return masked.encode(), kind_of_secret(text) or _SECRET
 
 
-def _masked_data(data: Any, name: str, dump: Callable[[Any], str]) -> str | None:
+def _masked_data(data: Any, dump: Callable[[Any], str]) -> str | None:
     """Plain data with secrets and paths masked, written anew; None where there is nothing to mask."""
-    # In a report `token` is the name of a column: there only values are looked at.
-    masked = _each_text(data, lambda text: shareable(mask(text))) if name == "report.json" else shareable(data)
-    masked = _each_text(masked, lambda text: masked_text(text) if kind_of_secret(text) else text)
+    masked = _each_text(shareable(data), lambda text: masked_text(text) if kind_of_secret(text) else text)
     return None if masked == data else dump(masked)
 
 

@@ -34,6 +34,8 @@ def measured(folder: Path, processes: int, **settings: Any) -> dict[str, Any]:
         **settings,
     )
     reports = {} if "fsdp" in settings else {"before": measure_fidelity(trainer, ROWS[:13]).to_dict()}
+    if "fsdp" not in settings:
+        trainer.evaluate(ROWS[:13])  # must not leave the processes to train each by itself
     trainer.train()
     reports["after"] = measure_fidelity(trainer, ROWS[:13]).to_dict()
     return reports

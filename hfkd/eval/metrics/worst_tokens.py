@@ -18,7 +18,7 @@ Args:
     tokenizer: Turns ids into text; optional, without one the ids stand for themselves.
 
 Returns:
-    `worst_tokens`, by falling `total`: `token`, `tokens` (how often it occurs), `forward_kl` (mean, nats), `total`
+    `worst_tokens`, by falling `total`: `text`, `tokens` (how often it occurs), `forward_kl` (mean, nats), `total`
     (nats), and what `student` and `teacher` find likeliest there most often.
 """
 

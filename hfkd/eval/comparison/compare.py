@@ -2,7 +2,7 @@
 
 Two runs on the same items are paired: what is easy or hard about an item drops out of the difference, which therefore
 has a narrower interval than the two accuracies seem to allow. Takes plain data; how it is read from files is
-`hfkd.eval.sides`.
+`hfkd.eval.comparison.sides`.
 """
 
 from __future__ import annotations

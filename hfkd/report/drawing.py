@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from hfkd.card.results import STAGES
-from hfkd.eval.k_shot import wilson_interval
-from hfkd.eval.report import write_whole
+from hfkd.files import write_whole
+from hfkd.intervals import wilson_interval
 
 INK, PALE, GRID, WARNING = "#24292f", "#57606a", "#e4e7eb", "#c44601"
 _WIDTH, _PIXELS_PER_INCH = 8.0, 200

@@ -1,4 +1,4 @@
-"""The report of a run as JSON, and how each file of a report is written: whole or not at all.
+"""The report of a run as JSON, and the names of its pictures.
 
 Knows nothing of models or of how the figures were made; it takes them as plain values.
 """
@@ -6,14 +6,13 @@ Knows nothing of models or of how the figures were made; it takes them as plain 
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from hfkd.card.results import other_tasks
+from hfkd.files import write_whole
 
 
 def write_report(path: Path, report: Mapping[str, Any]) -> None:
@@ -28,7 +27,7 @@ def write_report(path: Path, report: Mapping[str, Any]) -> None:
         ValueError: The report holds NaN or infinity, which JSON has no word for.
     """
     text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_whole(Path(path), lambda stream: stream.write(text.encode("utf-8")))
+    write_whole(path, text)
 
 
 def accuracy_pictures(report: Mapping[str, Any]) -> list[str]:
@@ -43,30 +42,3 @@ def accuracy_pictures(report: Mapping[str, Any]) -> list[str]:
         taken = sum(bool(re.fullmatch(rf"accuracy-{words}(-\d+)?\.png", name)) for name in names)
         names.append(f"accuracy-{words}{f'-{taken + 1}' if taken else ''}.png")
     return names
-
-
-def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Write a neighbour of the file first, and put it in the file's place when it is on the disk.
-
-    Args:
-        path: The file; its folder is made if need be.
-        write: Writes the content into a stream of bytes.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            write(stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(name, 0o666 & ~_umask())  # mkstemp makes files that only their owner may read
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from hfkd.card.reading import count, entries, section
-from hfkd.eval.drawing import (
+from hfkd.report.drawing import (
     PALE,
     Look,
     foot,

@@ -1,8 +1,7 @@
 """Held-out texts, read by student and teacher through the trainer's own evaluation loop and measured batch by batch.
 
 Whatever a student may be wrapped in or spread over, each process runs as many forwards as the others, and texts that
-fill up the last batch are left out. What the columns are made of is `hfkd.eval.token_figures`; what they mean is none
-of its business.
+fill up the last batch are left out. What the columns are made of is `token_figures`; what they mean is none of its business.
 """
 
 from __future__ import annotations
@@ -17,25 +16,21 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from transformers import Trainer
 
 from hfkd.batch import Batch
 from hfkd.data.views import DistillationDataset
 from hfkd.distributed import run_inside
-from hfkd.eval.token_figures import TokenFigures, figures_of, join
+from hfkd.eval.fidelity.token_figures import TokenFigures, figures_of, join
 from hfkd.packing import run_view
 from hfkd.rows import DenseRows, Head, RowLayout, TopKRows, supervised
 from hfkd.signal import DISTRIBUTION
-from hfkd.student import check_head
+from hfkd.student import as_it_was, check_head
 from hfkd.teacher_rows import LogitRows, TeacherRows
-from hfkd.teachers import Teacher, evaluating
+from hfkd.teachers import Teacher
 from hfkd.trainer import DistillationTrainer
 
 VOCABULARY = "vocabulary"
 """The support where both distributions are known whole."""
-
-_PREPARED = ("_is_accelerate_prepared", "_original_forward", "forward")
-"""What accelerate leaves in a model that it has prepared."""
 
 
 class Walk:
@@ -171,32 +166,6 @@ def check_teacher(teacher: Teacher | None) -> None:
             "The teacher has another vocabulary than the student, so their distributions can't be compared token by "
             "token. Compare their answers instead: the metrics answer_agreement and rationale_similarity."
         )
-
-
-@contextmanager
-def as_it_was(trainer: Trainer) -> Iterator[None]:
-    """Leave no trace of an evaluation in a trainer's model: its modes, and that accelerate has prepared it.
-
-    An evaluation before training marks the model as prepared, and training then takes it as it is: on several
-    processes each would train alone, without averaging a gradient.
-
-    Args:
-        trainer: Outside of training or inside.
-    """
-    model, accelerator = trainer.model, trainer.accelerator
-    fresh = not accelerator._models and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
-    kept = {name: model.__dict__[name] for name in _PREPARED if name in model.__dict__}
-    wrapped = trainer.model_wrapped
-    try:
-        with evaluating(model):
-            yield
-    finally:
-        if fresh:
-            for name in _PREPARED:
-                model.__dict__.pop(name, None)
-            model.__dict__.update(kept)
-            accelerator._models.clear()
-            trainer.model_wrapped = wrapped
 
 
 @contextmanager

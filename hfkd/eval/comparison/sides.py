@@ -10,7 +10,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hfkd.eval.compare import Key, Series, Side
+from hfkd.eval.comparison.compare import Key, Series, Side
 from hfkd.eval.harness import PREFIX
 from hfkd.eval.predictions import PREDICTIONS_NAME, checked_line, read_predictions
 from hfkd.eval.results import read_results

@@ -1,6 +1,6 @@
 """The pictures of a run, from its report alone: the loss by term, and the accuracy by demonstrations.
 
-Each is drawn where its figures are there, and not otherwise. `hfkd.eval.fidelity_plots` has those of the fidelity.
+Each is drawn where its figures are there, and not otherwise. `hfkd.report.fidelity_plots` has those of the fidelity.
 Knows no model and no trainer; it takes plain values, as they are read from a `report.json`.
 """
 
@@ -18,7 +18,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from hfkd.card.reading import entries, pair, section
 from hfkd.card.results import details_of, other_tasks, shots_of
-from hfkd.eval.drawing import (
+from hfkd.report.drawing import (
     INK,
     LOOKS,
     PALE,
@@ -34,8 +34,8 @@ from hfkd.eval.drawing import (
     shown_name,
     whiskers,
 )
-from hfkd.eval.fidelity_plots import draw_agreement, draw_reliability
-from hfkd.eval.report import accuracy_pictures
+from hfkd.report.fidelity_plots import draw_agreement, draw_reliability
+from hfkd.report.written import accuracy_pictures
 
 _SMOOTHED_FROM = 60
 _WIDEST_WINDOW = 101

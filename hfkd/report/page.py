@@ -19,9 +19,9 @@ from hfkd.card.limits import limits
 from hfkd.card.reading import count, entries, number, pair, section, text
 from hfkd.card.results import STAGES, accuracy_of, details_of, items_of, other_tasks, shots_of, verdicts
 from hfkd.card.words import title
-from hfkd.eval.page_facts import data_rows, duration_rows, facts_of, objective_of, origin_rows
-from hfkd.eval.report import accuracy_pictures
 from hfkd.masking import shareable, shareable_text
+from hfkd.report.page_facts import data_rows, duration_rows, facts_of, objective_of, origin_rows
+from hfkd.report.written import accuracy_pictures
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _ALTERNATIVES = {
@@ -168,7 +168,7 @@ def _worst(report: Mapping[str, Any]) -> dict[str, Any]:
     """The tokens that cost most, of the last stage that has them."""
     for stage in reversed(section(report, "fidelity")):
         if tokens := entries(report, f"fidelity.{stage}.worst_tokens"):
-            keys = ("token", "teacher", "student", "tokens", "forward_kl", "total")
+            keys = ("text", "teacher", "student", "tokens", "forward_kl", "total")
             return {
                 "stage": STAGES.get(stage, stage),
                 "tokens": [{key: one.get(key) for key in keys} for one in tokens],

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hfkd.chunks import BLOCK_VALUES
 from hfkd.eval.measures import brier_score, divergence, entropy, mass_on
-from hfkd.objective import _shared_vocabulary as shared_vocabulary
+from hfkd.objective import shared_vocabulary
 from hfkd.plan import rows_that_fit
 from hfkd.rows import DenseRows, TopKRows
 from hfkd.support import TokenChunk
@@ -162,7 +162,7 @@ def _columns(chunk: TokenChunk, top_k: int) -> list[Tensor]:
         *(whole.argmax(dim=-1), top),
         *(whole.amax(dim=-1).exp(), _at(theirs, place).exp()),
         *(chunk.target_log_probs(), torch.where(target < chunk.listed, said, unknown)),
-        *(brier_score(whole, targets), unknown if chunk.sparse else brier_score(theirs, targets)),
+        *(brier_score(whole, targets), brier_score(theirs, target) if chunk.listed == chunk.vocab_size else unknown),
         *(entropy(ours), entropy(theirs)),
         *(mass_on(whole, chunk.top_ids(top_k)), mass_on(theirs, chunk.top(top_k))),
     ]

@@ -16,8 +16,8 @@ import numpy as np
 from rich.table import Table
 
 from hfkd.eval import measures
-from hfkd.eval.token_figures import SideFigures, TokenFigures
-from hfkd.eval.walk import VOCABULARY, Walk, check_teacher
+from hfkd.eval.fidelity.token_figures import SideFigures, TokenFigures
+from hfkd.eval.fidelity.walk import VOCABULARY, Walk, check_teacher
 from hfkd.trainer import DistillationTrainer
 
 

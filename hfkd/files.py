@@ -1,0 +1,52 @@
+"""Files that are there whole or not at all: nobody reads half of one, and a failure keeps the one before."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+
+def write_whole(path: str | Path, content: bytes | str | Callable[[BinaryIO], Any]) -> Path:
+    """Write under another name in the same folder, and move it into its place when it lies on the disk.
+
+    Args:
+        path: The file; its folder is made if need be.
+        content: Its bytes, its text (written as UTF-8), or what writes it into a stream of bytes.
+
+    Returns:
+        The path.
+
+    Raises:
+        OSError: It can't be written; nothing is left of it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.draft-{os.getpid()}")
+    try:
+        with draft.open("wb") as stream:
+            if callable(content):
+                content(stream)
+            else:
+                stream.write(content.encode("utf-8") if isinstance(content, str) else content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+    return path
+
+
+def write_json(path: str | Path, content: Any) -> Path:
+    """Write plain data as JSON, whole or not at all; what JSON has no word for is written as its text.
+
+    Args:
+        path: The file.
+        content: JSON values, or what `str` can turn into one.
+
+    Returns:
+        The path.
+    """
+    return write_whole(path, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
