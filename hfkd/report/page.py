@@ -53,7 +53,7 @@ def build_page(
     environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, autoescape=True)
     environment.filters |= {"visible": _visible, "digest": _digest, "figure": _number_words}
     template = environment.from_string(
-        resources.files("hfkd.eval").joinpath("page.html.jinja").read_text(encoding="utf-8")
+        resources.files("hfkd.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
     )
     page = template.render(
         title=title(run),

@@ -1,7 +1,8 @@
 """Held-out texts, read by student and teacher through the trainer's own evaluation loop and measured batch by batch.
 
 Whatever a student may be wrapped in or spread over, each process runs as many forwards as the others, and texts that
-fill up the last batch are left out. What the columns are made of is `token_figures`; what they mean is none of its business.
+fill up the last batch are left out. What the columns are made of is `token_figures`; their meaning is none of its
+business.
 """
 
 from __future__ import annotations
