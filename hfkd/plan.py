@@ -69,13 +69,16 @@ def rows_that_fit(vocab_size: int, device: torch.device) -> int:
         vocab_size: V.
         device: Where the logits are made.
     """
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        free = torch.cuda.mem_get_info(device)[0] + unused
-    else:
-        free = psutil.virtual_memory().available
-    room = min(CHUNK_BYTES.get(device.type, CHUNK_BYTES_ELSEWHERE), free // SHARE_OF_FREE_MEMORY)
+    room = min(CHUNK_BYTES.get(device.type, CHUNK_BYTES_ELSEWHERE), free_bytes(device) // SHARE_OF_FREE_MEMORY)
     return 2 ** max(4, (room // (8 * vocab_size)).bit_length() - 1)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free now: of a GPU with what this process keeps in reserve, else the system's."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 def plan_chunks(terms: Sequence[Term], layout: RowLayout, limit: int) -> list[Chunk]:

@@ -11,18 +11,6 @@ from training import lora
 from hfkd.memory import Memory, ModelSize, Setup, memory
 
 
-def size_of(model: torch.nn.Module) -> ModelSize:
-    """A model's numbers, read off its configuration and its weights."""
-    config = model.config
-    return ModelSize(
-        sum(weight.numel() for weight in model.parameters()),
-        config.num_hidden_layers,
-        config.hidden_size,
-        config.vocab_size,
-        config.tie_word_embeddings,
-    )
-
-
 def measured(model: torch.nn.Module) -> dict[str, int]:
     """Bytes of weights, gradients and AdamW's state after one real step."""
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=1e-3)
@@ -50,7 +38,7 @@ def test_a_full_student(dtype: str, tied: bool) -> None:
     """A formula that misses the state or takes another type's width promises a run that doesn't fit."""
     model = make_model(tie_word_embeddings=tied).to(getattr(torch, dtype))
     width = {"float32": 4, "bfloat16": 2}[dtype]
-    size = size_of(model)
+    size = ModelSize.of(model)
     found = memory(size, None, Setup(teacher="cached", student_dtype=dtype, state_bytes=2 * width))
     compared(found, measured(model))
     layer = sum(weight.numel() for weight in model.model.layers[0].parameters())
@@ -60,7 +48,7 @@ def test_a_full_student(dtype: str, tied: bool) -> None:
 def test_an_adapter() -> None:
     """Under LoRA only the adapter has gradients and state; counting the whole model forbids runs that fit."""
     model = make_model()
-    size = size_of(model)
+    size = ModelSize.of(model)
     model = get_peft_model(model, lora())
     adapter = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     real = measured(model)
@@ -72,7 +60,7 @@ def test_an_adapter() -> None:
 def test_shards_divide_what_they_say() -> None:
     """ZeRO-2 keeps whole weights; who counts them as divided is out of memory at the first step."""
     model = make_model()
-    size, real = size_of(model), measured(model)
+    size, real = ModelSize.of(model), measured(model)
     whole = memory(size, size, Setup(processes=4))
     compared(whole, real)
     zero2 = memory(size, size, Setup(processes=4, sharding="zero2"))
@@ -86,7 +74,7 @@ def test_shards_divide_what_they_say() -> None:
 
 def test_where_the_teacher_lies() -> None:
     """What is in CPU memory, in a cache or the student itself takes nothing of the device."""
-    student, teacher = size_of(make_model()), size_of(make_model(hidden_size=64))
+    student, teacher = ModelSize.of(make_model()), ModelSize.of(make_model(hidden_size=64))
     places = {place: memory(student, teacher, Setup(processes=2, sharding="full", teacher=place))
               for place in ("like_student", "replicated", "offloaded", "cached")}  # fmt: skip
     whole = teacher.parameters * 2

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from hfkd.loading import load_config_of
 from hfkd.recipe.checks import is_own_class
-from hfkd.recipe.schema import LoraSection, StudentSection, TeacherSection
+from hfkd.recipe.schema import StudentSection, TeacherSection
 from hfkd.run.build import Run
-from hfkd.run.models import load_student, load_tokenizer, make_teacher
+from hfkd.run.models import load_student, load_tokenizer, make_teacher, put_adapter
 from hfkd.student import keep_layers
 from hfkd.teachers import CachedTeacher, LocalTeacher, SeveralTeachers, Teacher
 
@@ -46,7 +46,9 @@ def bare_student(run: Run) -> nn.Module:
         if section.init is not None:
             with torch.device("meta"):
                 model = keep_layers(model, section.init.keep_layers)
-        model = model if section.lora is None else _adapted(model, section.lora)
+        if section.lora is not None:
+            with torch.device("meta"):
+                model = put_adapter(model, section.lora)
     return _not_quantised(model, "the student")
 
 
@@ -111,15 +113,6 @@ def _from_config(name: str, section: StudentSection | TeacherSection, options: M
         made["attn_implementation"] = attention
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=section.trust_remote_code, **made)
-
-
-def _adapted(model: nn.Module, lora: LoraSection) -> nn.Module:
-    from peft import LoraConfig, get_peft_model
-
-    settings = lora.model_dump(include={"r", "target_modules", "modules_to_save"})
-    config = LoraConfig(lora_alpha=lora.alpha, lora_dropout=lora.dropout, task_type="CAUSAL_LM", **settings)
-    with torch.device("meta"):
-        return get_peft_model(model, config)
 
 
 def _not_quantised(model: nn.Module, what: str) -> nn.Module:

@@ -25,13 +25,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from accelerate.utils import str_to_bool
 from torch import nn
 
 from hfkd.memory import ModelSize, Setup, Sharding, gathered, memory, shares
-from hfkd.plan import rows_that_fit
+from hfkd.plan import free_bytes, rows_that_fit
 from hfkd.preflight.bare import CannotEstimate, bare_student, bare_teacher, local_members
 from hfkd.preflight.largest import Largest, largest_batch, longest_prompt
 from hfkd.preflight.rehearsal import PARTS, TEACHER_WEIGHTS, Scene, Writing, measured_reader, rehearse
@@ -154,11 +153,10 @@ def available_bytes(device: torch.device | str, processes: int = 1) -> int:
     """
     device = torch.device(device)
     if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
+        return free_bytes(device)
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    return min([psutil.virtual_memory().available, *_left_to_group()]) // max(1, processes)
+    return min([free_bytes(device), *_left_to_group()]) // max(1, processes)
 
 
 def _left_to_group() -> Iterator[int]:

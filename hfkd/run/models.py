@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfkd.named import import_class, import_function
-from hfkd.recipe.schema import InitSection, Recipe, StudentSection, TeacherSection
+from hfkd.recipe.schema import InitSection, LoraSection, Recipe, StudentSection, TeacherSection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -66,26 +66,24 @@ def load_student(recipe: Recipe, seed: int) -> PreTrainedModel:
         model = _cut(model, student.init)
     if student.lora is None:
         return model
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-
     if getattr(model, "is_quantized", False):
+        from peft import prepare_model_for_kbit_training
+
         model = prepare_model_for_kbit_training(model, bool(recipe.training.get("gradient_checkpointing")))
-    lora = student.lora
     set_seed(seed)
-    adapted = get_peft_model(
-        model,
-        LoraConfig(
-            r=lora.r,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules=lora.target_modules,
-            modules_to_save=lora.modules_to_save,
-            task_type="CAUSAL_LM",
-        ),
-    )
+    adapted = put_adapter(model, student.lora)
     if student.init is not None:  # behind the whole model, whose name it bears, the adapter would be another one
         adapted.active_peft_config.base_model_name_or_path = str(base_folder(recipe))
     return adapted
+
+
+def put_adapter(model: PreTrainedModel, lora: LoraSection) -> PreTrainedModel:
+    """The adapter of a recipe on a model, with new weights."""
+    from peft import LoraConfig, get_peft_model
+
+    settings = lora.model_dump(include={"r", "target_modules", "modules_to_save"})
+    config = LoraConfig(lora_alpha=lora.alpha, lora_dropout=lora.dropout, task_type="CAUSAL_LM", **settings)
+    return get_peft_model(model, config)
 
 
 def _cut(model: PreTrainedModel, init: InitSection) -> PreTrainedModel:
