@@ -71,8 +71,13 @@ class DistillationConfig(TrainingArguments):
     def __post_init__(self) -> None:
         """Check what can't work."""
         check_processes(self.use_cpu, self.fsdp)  # before torch fails on a device that isn't there
+        if self.report_to is None:
+            self.report_to = "none"
         super().__post_init__()
         _check_trackers(self.report_to)
+        if self.hub_private_repo is None:
+            # What is made for this run, a tracker's own page too, is private unless told otherwise.
+            self.hub_private_repo = True
         loading = self.model_init_kwargs if isinstance(self.model_init_kwargs, dict) else {}
         self._refuse(
             isinstance(self.hub_token, str) or isinstance(loading.get("token"), str),
@@ -112,6 +117,11 @@ def _check_trackers(names: Sequence[str]) -> None:
     the student has been asked.
     """
     for name in names:
+        if name in ("none", "all"):
+            raise ValueError(
+                f"DistillationConfig: report_to is {list(names)}, and {name!r} stands alone or not at all; expected "
+                f"{name!r}, or the names of trackers."
+            )
         if name not in INTEGRATION_TO_CALLBACK:
             raise ValueError(
                 f"DistillationConfig: report_to names {name!r}, which is no tracker; expected none, all, or some of "

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import logging
 import pickle
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -35,6 +37,7 @@ _WHERE = (
     *("gguf_file", "subfolder", "token", "cache_dir", "local_files_only"),
 )
 _FOUND = ("revision", "subfolder", "token", "cache_dir", "local_files_only")
+_SNAPSHOT = re.compile(r"/snapshots/([0-9a-f]{40})(?:/|$)")
 KERNEL_OPTIONS = ("use_kernels", "allow_all_kernels", "kernel_config")
 """Loading arguments that have code of the hub take the place of a model's layers."""
 _CONVERT = (
@@ -116,6 +119,31 @@ def load_tokenizer_of(name: str, options: Mapping[str, Any] | None = None) -> Pr
     return AutoTokenizer.from_pretrained(name, **_located(options))
 
 
+def commit_of(name: str, options: Mapping[str, Any] | None = None) -> str | None:
+    """The commit of the hub that a loaded model is of, by where its files lie in the local cache. Asks nobody.
+
+    Args:
+        name: The model's hub id or folder.
+        options: The arguments that the model was loaded with.
+
+    Returns:
+        40 hex digits; None for a folder that is no snapshot of the hub, and for a model that isn't in the cache.
+    """
+    given = options or {}
+    inside = f"{given['subfolder']}/" if given.get("subfolder") else ""
+    files = [f"{inside}{file}" for file in (given.get("gguf_file"), "config.json") if file]
+    try:
+        if Path(name).exists():
+            return _commit_in(Path(name))
+        found = [
+            try_to_load_from_cache(name, file, cache_dir=given.get("cache_dir"), revision=given.get("revision"))
+            for file in files
+        ]
+    except (OSError, ValueError):  # no id at all, or a cache that can't be read
+        return None
+    return next((_commit_in(Path(path)) for path in found if isinstance(path, str)), None)
+
+
 def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
     """Put a trained adapter on a model.
 
@@ -149,6 +177,12 @@ def readable(load: Callable[[], Any], what: str) -> Any:
         ) from error
     except (OSError, ValueError) as error:
         raise OSError(f"{what} can't be loaded: {error}") from error
+
+
+def _commit_in(path: Path) -> str | None:
+    """The commit in a path of the hub's cache."""
+    found = _SNAPSHOT.search(path.absolute().as_posix())
+    return found[1] if found else None
 
 
 def _located(options: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """Where a model or rows come from: an id or a folder, the revision and the licence, as far as files or the hub say so.
 
-A licence is what a card (`README.md`) says in its metadata, nothing else is taken for one. The hub is asked once,
-briefly, and only where no card lies on this machine; what can't be found out is None. Nothing here raises: a run must
-not fail because nobody wrote a licence down.
+A licence is what a card (`README.md`) says in its metadata, nothing else is taken for one. The commit of a model is
+that of its files in the hub's cache on this machine. The hub is asked once, briefly: for the card where none lies
+here, and for the commit of a data set; what can't be found out is None. Nothing here raises: a run must not fail
+because nobody wrote a licence down.
 """
 
 from __future__ import annotations
@@ -11,30 +12,38 @@ import re
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from hfkd.loading import commit_of
 from hfkd.masking import shareable
 
+_T = TypeVar("_T")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _SNAPSHOT = re.compile(r"(models|datasets)--(?P<id>[\w.-]+)/snapshots/(?P<revision>[0-9a-f]{40})$")
 _METADATA = re.compile(r"\A\s*---\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+_COMMIT = re.compile("[0-9a-f]{40}")
 _LONGEST_WAIT = 4.0
 """Seconds that the hub has to answer."""
 
 
-def origin_of_model(name: str | Path, revision: str | None = None, config: Any = None) -> dict[str, Any]:
-    """Where a model comes from.
+def origin_of_model(
+    name: str | Path, revision: str | None = None, config: Any = None, load_kwargs: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Where a model comes from. Ask once it is loaded: then the commit that was taken is known.
 
     Args:
         name: A folder, or an id of the hub.
         revision: What was asked for: a commit, tag or branch.
-        config: The loaded model's; its `_commit_hash` is the commit that was really taken.
+        config: The loaded model's, which some releases of transformers write the commit into.
+        load_kwargs: The other arguments that the model was loaded with.
 
     Returns:
-        `id`, `source` ("hub" or "folder"), `revision` and `licence`, the last two None where they aren't known.
+        `id`, `source` ("hub" or "folder"), `revision` (the commit; of a model that isn't in the cache what was asked
+        for) and `licence`, the last two None where they aren't known.
     """
-    taken = getattr(config, "_commit_hash", None) or revision
-    return _origin(str(name), "model", taken)
+    options = {**(load_kwargs or {}), "revision": revision}
+    commit = getattr(config, "_commit_hash", None) or commit_of(str(name), options)
+    return _origin(str(name), "model", revision, commit)
 
 
 def origin_of_rows(path: str | Path, revision: str | None = None) -> dict[str, Any]:
@@ -46,27 +55,36 @@ def origin_of_rows(path: str | Path, revision: str | None = None) -> dict[str, A
 
     Returns:
         As `origin_of_model`; `source` may be "file" or "generator" too. A file has the licence of the card beside it.
+        The revision of a data set of the hub is the commit that the hub has for what was asked.
     """
     path = str(path)
     if path.startswith("reasoning_gym:"):
         return _said(path, "generator", None, None)
     if "://" in path:
         return _said(path, "file", None, None)
-    return _origin(path, "dataset", revision)
+    commit = revision if _COMMIT.fullmatch(revision or "") else None
+    return _origin(path, "dataset", revision, commit)
 
 
-def _origin(name: str, kind: str, revision: str | None) -> dict[str, Any]:
+def _origin(name: str, kind: str, revision: str | None, commit: str | None) -> dict[str, Any]:
+    """One answer of the hub has the card, and of a data set the commit; that of a model is what was loaded, which the
+    hub doesn't know.
+    """
+    taken = commit or revision
     try:
         local = Path(name).expanduser()
         if local.exists():
-            return _local(name, local, revision)
+            return _local(name, local, taken)
         if not _HUB_ID.fullmatch(name):
-            return _said(name, "folder" if kind == "model" else "file", revision, None)
-        cached = _cached_card(name, kind, revision)
-        metadata = _metadata(cached) if cached else _within(_LONGEST_WAIT, lambda: _asked(name, kind, revision))
-        return _said(name, "hub", revision, licence_of(metadata or {}))
+            return _said(name, "folder" if kind == "model" else "file", taken, None)
+        cached = _cached_card(name, kind, taken)
+        enough = cached is not None and (kind == "model" or commit is not None)
+        found, metadata = (None if enough else _within(_LONGEST_WAIT, lambda: _asked(name, kind, taken))) or (None, {})
+        if kind == "dataset":
+            taken = commit or found or revision
+        return _said(name, "hub", taken, licence_of(_metadata(cached) if cached else metadata))
     except Exception:  # whatever a hand-written card or a file system holds: it isn't known then
-        return _said(name, "folder" if kind == "model" else "file", revision, None)
+        return _said(name, "folder" if kind == "model" else "file", taken, None)
 
 
 def _local(name: str, local: Path, revision: str | None) -> dict[str, Any]:
@@ -114,20 +132,20 @@ def _cached_card(name: str, kind: str, revision: str | None) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def _asked(name: str, kind: str, revision: str | None) -> dict[str, Any]:
-    """The metadata that the hub has of an id; refused at once where the hub is switched off."""
+def _asked(name: str, kind: str, revision: str | None) -> tuple[str | None, dict[str, Any]]:
+    """The commit and the metadata that the hub has of an id; refused at once where the hub is switched off."""
     from huggingface_hub import HfApi
 
     ask = HfApi().model_info if kind == "model" else HfApi().dataset_info
-    card = ask(name, revision=revision, timeout=_LONGEST_WAIT).card_data
-    return card.to_dict() if card is not None else {}
+    told = ask(name, revision=revision, timeout=_LONGEST_WAIT)
+    return told.sha, told.card_data.to_dict() if told.card_data is not None else {}
 
 
-def _within(seconds: float, ask: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+def _within(seconds: float, ask: Callable[[], _T]) -> _T | None:
     """An answer that comes in time; None where it doesn't, or where asking fails. A look-up of a host's name knows no
     time limit of its own.
     """
-    answers: list[dict[str, Any]] = []
+    answers: list[_T] = []
 
     def asking() -> None:
         try:

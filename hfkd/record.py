@@ -70,8 +70,8 @@ class OutputFolderError(ValueError):
 
 @dataclasses.dataclass
 class RunRecord:
-    """Everything that `run.json` says. Durations are in seconds; `status` is started, finished, failed or
-    preempted."""
+    """Everything that `run.json` says. Durations (seconds) and energy are sums over the sessions of a run that was
+    continued; `status` is started, finished, failed or preempted."""
 
     recipe: dict[str, Any]
     fingerprint: str
@@ -88,6 +88,30 @@ class RunRecord:
     metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
     durations: dict[str, float] = dataclasses.field(default_factory=dict)
     energy: dict[str, Any] = dataclasses.field(default_factory=dict)
+    sessions: int = 1
+
+    def take_over(self, folder: str | Path) -> None:
+        """Begin with the time and the energy of the sessions before this one, which continues their run."""
+        former = read_record(folder)
+        if former:
+            self.sessions = int(former.get("sessions", 1)) + 1
+            self.durations = {str(name): float(spent) for name, spent in (former.get("durations") or {}).items()}
+            self.energy = dict(former.get("energy") or {})
+
+    def add_energy(self, used: Mapping[str, Any]) -> None:
+        """Add what a session used. Where one of them couldn't be measured the sum isn't known.
+
+        Args:
+            used: `EnergyMeter.to_dict` of the session.
+        """
+        if self.sessions == 1:
+            self.energy = dict(used)
+        elif used and self.energy:
+            devices = [*self.energy["devices"], *used["devices"]]
+            sums = {name: round(self.energy[name] + used[name], 3) for name in ("joules", "seconds")}
+            self.energy = {**used, **sums, "devices": list(dict.fromkeys(devices))}
+        else:
+            self.energy = {}
 
     def to_dict(self) -> dict[str, Any]:
         """The record as it is written: masked, and plain enough for JSON."""
@@ -289,14 +313,14 @@ def check_output_folder(
         )
 
 
-def known_metrics(folder: str | Path) -> dict[str, Any]:
-    """What the record in a folder says of the training: empty where there is none.
+def read_record(folder: str | Path) -> dict[str, Any]:
+    """What `run.json` in a folder says: empty where there is none.
 
     Args:
         folder: The output folder.
     """
     record = Path(folder) / RECORD_NAME
-    return json.loads(record.read_text(encoding="utf-8")).get("metrics", {}) if record.exists() else {}
+    return json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
 
 
 def check_same_data(folder: str | Path, data: Mapping[str, Any]) -> None:

@@ -260,3 +260,19 @@ def as_it_was(trainer: Trainer) -> Iterator[None]:
             model.__dict__.update(kept)
             accelerator._models.clear()
             trainer.model_wrapped = wrapped
+
+
+@contextmanager
+def as_published(model: nn.Module) -> Iterator[nn.Module]:
+    """The model as it will answer where it is loaded: accelerate puts autocast around the forward of a student that is
+    trained in mixed precision, and a figure of the trained model would be compared with one that had none.
+
+    Args:
+        model: Unwrapped; an adapter's base never had autocast around it.
+    """
+    wrapped = model.__dict__.pop("forward", None) if "_original_forward" in model.__dict__ else None
+    try:
+        yield model
+    finally:
+        if wrapped is not None:
+            model.forward = wrapped

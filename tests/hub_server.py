@@ -13,12 +13,16 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
+import yaml
+
+from hfkd.card.licences import HUB_LICENCES
 
 TOKEN = "hf_" + "Writer" * 6
 READER = "hf_" + "Reader" * 6
@@ -98,6 +102,11 @@ class Hub:
         self.requests: list[tuple[str, str]] = []
         self.received = 0
         self.endpoint = ""
+        self.private_by_default: set[str] = set()
+        """Organisations whose repositories are private where nothing is said."""
+        self.part_size: int | None = None
+        """Bytes above which a large file is sent in parts; None sends each whole."""
+        self.parts: dict[str, dict[int, bytes]] = {}
 
     def make(self, repo_id: str, kind: str = "model", private: bool = True) -> Repository:
         made = Repository(private)
@@ -227,7 +236,8 @@ class _Handler(BaseHTTPRequestHandler):
             return _error(403, f'You don\'t have the rights to create a {kind} under the namespace "{owner}"')
         if (kind, name) in self.hub.repositories:
             return _error(409, f"You already created this {kind} repo")
-        self.hub.make(name, kind, private=asked.get("visibility") == "private")
+        by_default = "private" if owner in self.hub.private_by_default else "public"
+        self.hub.make(name, kind, private=asked.get("visibility", by_default) == "private")
         return _json({"url": f"{self.hub.endpoint}/{'datasets/' if kind == 'dataset' else ''}{name}", "name": name})
 
     def info(self, query: Any, kind: str, name: str, revision: str | None = None) -> tuple[int, bytes, dict[str, str]]:
@@ -268,15 +278,14 @@ class _Handler(BaseHTTPRequestHandler):
         if wrong:
             return wrong
         answers = []
-        ignore = commit["files"].get(".gitignore", File(b"", False)).content.decode().split()
+        ignore = commit["files"].get(".gitignore", File(b"", False)).content.decode().splitlines()
         for one in json.loads(self.body)["files"]:
             large = one["path"].endswith((".safetensors", ".parquet", ".png")) or one["size"] > LFS_FROM
             there = commit["files"].get(one["path"])
             oid = None if there is None else there.sha256 if there.is_lfs else there.oid
             mode = "lfs" if large else "regular"
-            answers.append(
-                {"path": one["path"], "uploadMode": mode, "shouldIgnore": one["path"] in ignore, "oid": oid}
-            )
+            ignored = _is_ignored(one["path"], ignore)
+            answers.append({"path": one["path"], "uploadMode": mode, "shouldIgnore": ignored, "oid": oid})
         return _json({"files": answers})
 
     def batch(self, query: Any, name: str, kind: str | None = None) -> tuple[int, bytes, dict[str, str]]:
@@ -290,9 +299,30 @@ class _Handler(BaseHTTPRequestHandler):
             if one["oid"] not in self.hub.storage:
                 upload = {"href": f"{self.hub.endpoint}/storage/{one['oid']}?signature=secret"}
                 verify = {"href": f"{self.hub.endpoint}/verify"}
+                if self.hub.part_size and one["size"] > self.hub.part_size:
+                    upload = self._in_parts(one)
                 answer["actions"] = {"upload": upload, "verify": verify}
             objects.append(answer)
         return _json({"transfer": "basic", "objects": objects})
+
+    def _in_parts(self, one: dict[str, Any]) -> dict[str, Any]:
+        """Where to send each part of a large file, and where to say that all were sent."""
+        size = self.hub.part_size
+        place = f"{self.hub.endpoint}/storage/{one['oid']}"
+        header = {f"{part:05d}": f"{place}/{part}?signature=secret" for part in range(1, -(-one["size"] // size) + 1)}
+        return {"href": f"{place}/complete", "header": {"chunk_size": str(size), **header}}
+
+    def store_part(self, query: Any, oid: str, part: str) -> tuple[int, bytes, dict[str, str]]:
+        self.hub.parts.setdefault(oid, {})[int(part)] = self.body
+        return 200, b"", {"ETag": f'"{hashlib.md5(self.body).hexdigest()}"'}
+
+    def complete(self, query: Any, oid: str) -> tuple[int, bytes, dict[str, str]]:
+        sent, told = self.hub.parts.get(oid, {}), json.loads(self.body)["parts"]
+        etags = {one["partNumber"]: one["etag"].strip('"') for one in told}
+        if etags != {part: hashlib.md5(content).hexdigest() for part, content in sent.items()}:
+            return _error(400, "the parts aren't those that were sent")
+        self.body = b"".join(sent[part] for part in sorted(sent))
+        return self.store(query, oid)
 
     def store(self, query: Any, oid: str) -> tuple[int, bytes, dict[str, str]]:
         if hashlib.sha256(self.body).hexdigest() != oid:
@@ -310,8 +340,12 @@ class _Handler(BaseHTTPRequestHandler):
         content = json.loads(self.body)["content"]
         if not content.startswith("---\n"):
             return _json({"errors": [], "warnings": [{"message": "empty or missing yaml metadata in repo card"}]})
-        if "library_name: [" in content:
-            answer = {"error": "Bad", "errors": [{"message": '"library_name" must be a string'}], "warnings": []}
+        try:
+            errors = list(_wrong_metadata(yaml.safe_load(content.split("---\n")[1]) or {}))
+        except yaml.YAMLError as error:
+            errors = [f"bad YAML: {type(error).__name__}"]
+        if errors:
+            answer = {"error": "Bad", "errors": [{"message": one} for one in errors], "warnings": []}
             return 400, json.dumps(answer).encode(), {}
         return _json({"errors": [], "warnings": []})
 
@@ -326,6 +360,8 @@ class _Handler(BaseHTTPRequestHandler):
             return _error(403, "you must have write access to the repository to upload")
         lines = [json.loads(line) for line in self.body.splitlines()]
         assert lines[0]["key"] == "header"
+        if lines[0]["value"].get("parentCommit", before["oid"]) != before["oid"]:
+            return _error(412, "A commit has happened since. Please refresh and try again.")
         files = dict(before["files"])
         for line in lines[1:]:
             value = line["value"]
@@ -376,6 +412,43 @@ def _missing() -> tuple[int, bytes, dict[str, str]]:
     return _error(404, "Repository not found", "RepoNotFound")
 
 
+def _is_ignored(path: str, lines: list[str]) -> bool:
+    """Whether a .gitignore leaves a file out; the last line that matches counts."""
+    ignored = False
+    for line in map(str.strip, lines):
+        pattern = line.lstrip("!").strip("/")
+        names = [path] if "/" in pattern else [path, *path.split("/")]
+        if pattern and not line.startswith("#") and any(fnmatchcase(name, pattern) for name in names):
+            ignored = not line.startswith("!")
+    return ignored
+
+
+def _wrong_metadata(data: dict[str, Any]) -> Iterator[str]:
+    """What the hub's documentation of a card's header forbids."""
+    for key in ("library_name", "pipeline_tag", "license", "license_name"):
+        if not isinstance(data.get(key, ""), str):
+            yield f'"{key}" must be a string'
+    if isinstance(data.get("license"), str) and data["license"] not in {*HUB_LICENCES, "other", "unknown"}:
+        yield '"license" must be one of the list of ids, or other'
+    for key in ("base_model", "datasets"):
+        names = data.get(key, [])
+        for name in names if isinstance(names, list) else [names]:
+            if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+                yield f'"{key}" with value {name!r} is not valid. Use a model id from https://hf.co/models.'
+    if not all(isinstance(tag, str) for tag in data.get("tags", [])):
+        yield '"tags" must be an array of strings'
+    for model in data.get("model-index", []):
+        if not isinstance(model.get("name"), str) or not all(map(_is_result, model.get("results", []))):
+            yield '"model-index" is malformed: a name, and a task, a dataset and metrics for each result, are required'
+
+
+def _is_result(result: dict[str, Any]) -> bool:
+    task, dataset = result.get("task") or {}, result.get("dataset") or {}
+    metrics = result.get("metrics") or [{}]
+    known = task.get("type"), dataset.get("type"), dataset.get("name")
+    return all(known) and all("type" in one and "value" in one for one in metrics)
+
+
 def _described(path: str, one: File) -> dict[str, Any]:
     told: dict[str, Any] = {"type": "file", "path": path, "size": len(one.content), "oid": one.oid}
     if one.is_lfs:
@@ -398,6 +471,8 @@ _ROUTES: tuple[tuple[str, str, Callable[..., Any]], ...] = (
     ("POST", _API + r"/commit/(?P<revision>.+)", _Handler.commit),
     ("POST", _PAGE + r"\.git/info/lfs/objects/batch", _Handler.batch),
     ("PUT", r"/storage/(?P<oid>\w+)", _Handler.store),
+    ("PUT", r"/storage/(?P<oid>\w+)/(?P<part>\d+)", _Handler.store_part),
+    ("POST", r"/storage/(?P<oid>\w+)/complete", _Handler.complete),
     ("POST", r"/verify", _Handler.verify),
     ("GET HEAD", _PAGE + r"/resolve/(?P<revision>[^/]+)/(?P<file>.+)", _Handler.resolve),
 )

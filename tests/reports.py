@@ -112,7 +112,18 @@ def fidelity(stage: str) -> dict:
             }
             for place, word in enumerate(words)
         ],
+        "support": "vocabulary",
+        "notes": [],
     }
+
+
+def difference(
+    shots: int, share: float, ends: tuple[float, float], *, start: str = "before", task: str = "past_tense"
+) -> dict:
+    """A paired difference, as a report has it."""
+    chance = 0.3 if ends[0] <= 0 <= ends[1] else 0.0004
+    figures = {"items": 48, "difference": share, "interval": list(ends), "p_value": chance}
+    return {"task": task, "shots": str(shots), "from": start, "to": "after", **figures}
 
 
 def history(count: int = 30, terms: bool = True) -> list[dict]:
@@ -144,6 +155,16 @@ REPORT = {
             "k_shot": {"before": {"0": 0.0, "8": 0.9375}, "after": {"0": 0.125, "8": 0.9167}},
             "details": details(before={0: 0.0, 8: 0.9375}, after={0: 0.125, 8: 0.9167}),
         }
+    ],
+    "differences": [
+        difference(0, 0.9375, (0.854, 1.0)),
+        difference(1, 0.4167, (0.271, 0.562)),
+        difference(8, 0.0833, (-0.021, 0.188)),
+        difference(0, -0.0208, (-0.083, 0.042), start="gold"),
+        difference(1, 0.0208, (-0.042, 0.083), start="gold"),
+        difference(8, 0.0208, (0.0, 0.062), start="gold"),
+        difference(0, 0.125, (0.042, 0.229), task="plural"),
+        difference(8, -0.0208, (-0.083, 0.042), task="plural"),
     ],
     "fidelity": {"before": fidelity("before"), "after": fidelity("after")},
     "loss_history": history(),

@@ -105,7 +105,8 @@ def test_the_card_says_what_was_done(run: dict, report: dict) -> None:
         "| shots | before | after | fine-tuned on gold answers | most frequent answer, always | distinct",
         "| 0 | 0.0% (0.0 to 7.4) | 95.8% (86.0 to 98.8) | 90.0% (78.3 to 95.7) | 2.0% | 47 / 47 / 47 |",
         "### Another task: plural",
-        "On plural it lost 12.5% of the items with 1 demonstration in the prompt.",
+        "On plural, which was not trained: the intervals overlap, so taken by themselves they show no difference "
+        "(with 1 demonstration 29.2% before, 16.7% after).",
         "were written by the teacher and were not checked",
         'base = AutoModelForCausalLM.from_pretrained("org/small", revision="abc")',
         "model = PeftModel.from_pretrained(base, where)",
@@ -207,23 +208,23 @@ def test_a_whole_record_is_told(run: dict) -> None:
     assert not faults(text)
     for words in (
         "| same likeliest token | 51.2% (48.2 to 53.6) | 89.3% (86.3 to 91.7) | - |",
-        "| the same where the teacher is wrong | - | 71.0% | - |",
+        "| the same where the teacher is wrong (138 tokens) | - | 71.0% | - |",
         "| mass on the teacher's 64 likeliest tokens | 74.4% | 98.1% | 99.2% |",
         "| expected calibration error | 19.0% | 3.4% | 2.1% |",
         "| Brier score (0 to 2) | 0.64 | 0.21 | 0.18 |",
         "on 48 held-out texts (1132 tokens)",
-        "| `' walked'` | 12 | 1.9 | `' walked'` | `' walk'` |",
+        "| `' walked'` | 12 | 1.9 | 22.8 | `' walked'` | `' walk'` |",
         "](plots/loss.png)",
         "](plots/reliability.png)",
         "its likeliest token is another than the teacher's: it is not its teacher.",
-        "it makes the same mistake 71.0% of the time",
+        "Of 138 tokens on which the teacher is wrong it says the same wrong one on 98.",
     ):
         assert words in text, words
     assert "weights.bin" not in text and "x/y.png" not in text
     results = {(one.dataset_type, one.metric_type, one.metric_name): one for one in ModelCard(text).data.eval_results}
     values = [one.metric_value for (_, kind, _), one in results.items() if kind == "token_agreement"]
     assert values == [0.893]
-    shots = [one for one in results.values() if one.metric_type == "accuracy" and one.dataset_type != "plural"]
+    shots = [one for one in results.values() if one.metric_type == "accuracy" and one.dataset_type != "local-plural"]
     assert [one.metric_value for one in shots] == [0.9375, 0.9583, 0.9792]
     assert shots[0].metric_name.startswith("0-shot accuracy (95% interval 0.8") and shots[0].metric_args["items"] == 48
     low, high = shots[0].metric_args["interval_95"]
@@ -292,17 +293,19 @@ def test_what_speaks_against_it_is_said(run: dict, report: dict) -> None:
     for words in (
         "its record says 'failed'",
         "48 items are few",
-        "With 8 demonstrations the accuracy rose from 89.6% to 97.9%, and the two intervals overlap",
-        "With 0 demonstrations fine-tuning on the gold answers, at the same budget, scores 95.8% against 93.8%",
+        "Before and after training: no difference that 48 items can show (with 8 demonstrations 89.6% before, 97.9% "
+        "after, +8.3 (-2.1 to +18.8) points).",
+        "Against fine-tuning on the gold answers, at the same budget: no difference that 48 items can show (with 0 ",
         "The teacher itself is not better than a constant answer with 8 demonstrations",
-        "Its calibration error is worse than before training: 0.19 before, 0.3 after.",
-        "On plural it lost 2.1% of the items with 8 demonstrations",
+        "Its expected calibration error is larger than before training, without an interval, that may be chance: 0.19 "
+        "before, 0.3 after.",
+        "On plural, which was not trained: no difference that 48 items can show (with 8 demonstrations 93.8%",
         "Some answers were cut",
         "Left out of training: 0 examples that were too long, 1 that the teacher gave no answer to.",
     ):
         assert words in text, words
-    assert "With 0 demonstrations the accuracy" not in text, "that change is beyond doubt"
-    assert "KL to its teacher is worse" not in text
+    assert "with 0 demonstrations 0.0% before" not in text, "that change is beyond doubt"
+    assert "KL to its teacher is larger" not in text
 
 
 def test_an_unmeasured_fidelity_says_why(run: dict, report: dict) -> None:

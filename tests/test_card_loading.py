@@ -14,6 +14,7 @@ from reports import whole_run
 from transformers import PreTrainedModel
 
 from hfkd.card import build_card, card_of_folder
+from hfkd.data.prompts import PromptBuilder, PromptStyle
 from hfkd.student import keep_layers
 
 IDS = torch.tensor([[5, 9, 17, 30]])
@@ -114,3 +115,38 @@ def test_a_builder_of_ones_own_has_no_example(tmp_path: Path) -> None:
     run = record(tmp_path, model="org/x")
     run["recipe"]["data"]["prompt"]["builder"] = "mine:Builder"
     assert "YOUR QUESTION" not in build_card(run, {})
+
+
+def test_a_student_that_never_saw_a_question_alone_is_shown_examples(tmp_path: Path, monkeypatch) -> None:
+    """Asked without examples, a model that always had some looks as if it had learned nothing."""
+    make_model(3).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    run = record(tmp_path, model="models/mine")
+    style = {"style": "text", "system": "Be brief", "question": "Q {prompt}\n", "answer": "A {completion}\n"}
+    run["recipe"]["data"] |= {"student_shots": [2, 1], "prompt": {**style, "separator": "--\n", "stop": ["\n"]}}
+    card = build_card(run, {})
+    assert "trained on, with 1 demonstration before the question" in card
+    names = run_code(card, monkeypatch, tmp_path)
+    rows = [{"prompt": "A QUESTION", "completion": "ITS ANSWER"}, {"prompt": "YOUR QUESTION"}]
+    builder = PromptBuilder(make_tokenizer(), PromptStyle(**style, separator="--\n"))
+    assert names["prompt"] == builder.prompt(rows[1], rows[:1])
+    run["recipe"]["data"]["prompt"] = {"style": "chat"}
+    names = run_code(build_card(run, {}), monkeypatch, tmp_path)
+    assert [one["role"] for one in names["messages"]] == ["user", "assistant", "user"]
+    assert [one["content"] for one in names["messages"]] == ["A QUESTION", "ITS ANSWER", "YOUR QUESTION"]
+    run["recipe"]["data"]["student_shots"] = [0, 1]
+    assert "Asked in the form that it was trained on:\n" in build_card(run, {})
+
+
+@pytest.mark.parametrize("student", [{"lora": {"r": 4}}, {}, {"init": {"from": "org/x"}, "lora": {"r": 4}}])
+def test_code_of_the_model_is_asked_for_and_pointed_out(student: dict, tmp_path: Path) -> None:
+    """Without the setting the code on the card fails; with it a reader runs code that he should have read."""
+    run = record(tmp_path, model="org/x", **student)
+    assert "trust_remote_code" not in build_card(run, {}).split("## Citations")[0]
+    run["recipe"]["student"]["trust_remote_code"] = True
+    card = build_card(run, {})
+    assert "# trust_remote_code runs Python that comes with the model: read it before you do." in card
+    calls = re.findall(r"Auto\w+\.from_pretrained\(.*\)", card)
+    assert len(calls) >= 2 and all(", trust_remote_code=True)" in call for call in calls)
+    for block in re.findall(r"^```python\n(.*?)^```$", card, re.MULTILINE | re.DOTALL):
+        compile(block, "card", "exec")

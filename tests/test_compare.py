@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from hfkd.cli.compare import compare
 from hfkd.eval.comparison.compare import Series, Side, bootstrap_interval, compare_sides, sign_test
 from hfkd.eval.comparison.sides import load_sides
-from hfkd.eval.comparison.tables import print_comparison
+from hfkd.eval.comparison.tables import fidelity_table, print_comparison
 from hfkd.eval.predictions import write_predictions
 from hfkd.eval.results import Results
 
@@ -181,6 +181,17 @@ def test_what_is_printed(tmp_path: Path) -> None:
     text = console.export_text()
     assert "verbs (40 items): [b] beside [a]" in text and "25.0 → 75.0" in text and "+50.0 [+3" in text
     assert "20 / 0" in text and "< 0.001" in text
+
+
+def test_a_figure_without_an_interval_is_printed_without_one() -> None:
+    """A table that fails on a report of few texts, or an older one that says 100 % (100 to 100)."""
+    one = {"agreement": 1.0, "agreement_interval": None, "forward_kl": 0.25, "forward_kl_interval": [0.25, 0.25]}
+    other = {"agreement": 0.5, "agreement_interval": [0.4, 0.6], "reverse_kl": 0.5}
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(fidelity_table({"a": one, "b": other}))
+    text = console.export_text()
+    assert "100.0%" in text and "50.0% [40.0%, 60.0%]" in text and "0.250" in text
+    assert text.count("[") == 1
 
 
 def test_the_command(tmp_path: Path) -> None:

@@ -6,80 +6,29 @@ import io
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
-from conftest import make_model, make_tokenizer
+from evaluating import call, evaluate, make_folder, note_asked, train
 from rich.console import Console
-from typer.testing import CliRunner
 
 import hfkd.run.evaluation
-from hfkd.cli.main import app
+import hfkd.run.provenance
 from hfkd.eval.comparison.compare import compare_sides
 from hfkd.eval.comparison.sides import load_sides
 from hfkd.eval.generation import generation_quality
-from hfkd.recipe import load_recipe
-from hfkd.run import run_recipe
-from hfkd.run.evaluation import evaluate_recipe
 
-VERBS = "walk talk jump look call ask work play help turn move live".split()
 SHORT = ["evaluation.shots=[0, 2]", "evaluation.forgetting=[{path: other.jsonl, size: 3, demonstrations: 2}]"]
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with a model, data and a recipe of a second's length."""
-    monkeypatch.chdir(tmp_path)
-    make_model().save_pretrained("model")
-    make_tokenizer().save_pretrained("model")
-    Path("verbs.jsonl").write_text(
-        "".join(json.dumps({"prompt": verb, "completion": verb + "ed"}) + "\n" for verb in VERBS)
-    )
-    Path("other.jsonl").write_text("".join(json.dumps({"prompt": v + "s", "completion": v}) + "\n" for v in VERBS))
-    recipe = {
-        "student": {"model": "model", "lora": {"r": 2, "alpha": 4}},
-        "teacher": {"kind": "self"},
-        "data": {"train": {"path": "verbs.jsonl"}, "demonstrations": {"count": 2}, "student_shots": [0]},
-        "evaluation": {"shots": [0], "size": 4, "max_new_tokens": 3},
-        "training": {
-            **{"output_dir": "out", "max_steps": 2, "per_device_train_batch_size": 2, "logging_steps": 1},
-            **{"use_cpu": True, "learning_rate": 0.05, "disable_tqdm": True, "report_to": "none"},
-        },
-    }
-    Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
-    return tmp_path
-
-
-def quiet() -> Console:
-    return Console(file=io.StringIO(), width=200)
-
-
-def train(*overrides: str) -> dict:
-    return run_recipe(load_recipe("recipe.yaml", overrides), console=quiet()).report
-
-
-def evaluate(*overrides: str, recipe: str = "recipe.yaml", **options) -> dict:
-    console = options.pop("console", None) or quiet()
-    return evaluate_recipe(load_recipe(recipe, overrides), console=console, **options)["results"]
-
-
-def call(*arguments: object) -> SimpleNamespace:
-    result = CliRunner().invoke(app, ["evaluate", *map(str, arguments)])
-    return SimpleNamespace(code=result.exit_code, out=result.stdout, err=result.stderr)
+    return make_folder(tmp_path, monkeypatch)
 
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The tasks that were really asked, in order."""
-    seen, ask = [], hfkd.run.evaluation.ask
-
-    def noted(run, model, task, description):
-        seen.append(task.name)
-        return ask(run, model, task, description)
-
-    monkeypatch.setattr(hfkd.run.evaluation, "ask", noted)
-    return seen
+    return note_asked(monkeypatch)
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["adapter", "whole"])

@@ -256,6 +256,19 @@ def test_the_bootstrap_finds_the_interval_of_a_mean() -> None:
     assert low < narrow[0] < narrow[1] < high
 
 
+@pytest.mark.parametrize(
+    ("parts", "known"),
+    [([0.0, 1.0] * 4 + [1.0], False), ([0.0, 1.0] * 5, True), ([1.0] * 40, False), ([0.1] * 40, False)],
+    ids=["nine", "ten", "all right", "all alike"],
+)
+def test_an_interval_without_width_is_none(parts: list[float], known: bool) -> None:
+    """100 % (100 to 100): what few or equal texts can't say is published as certain."""
+    found = measures.interval(np.array(parts) * 3, np.full(len(parts), 3))
+    assert found == list(measures.bootstrap(parts, np.ones(len(parts)))) if known else found is None
+    change = compute("forgetting", predictions=parts, references=[0.0] * len(parts))["change_interval"]
+    assert (change is not None) == known
+
+
 def test_forgetting_is_paired() -> None:
     """Two runs that differ on few items look alike when their intervals are taken apart."""
     before = np.tile([1, 0], 100)
@@ -313,9 +326,26 @@ ROW = [[0.1, 0.2, 0.3]]
         ("captured_mass", {"predictions": ROW, "references": ROW, "k": 4}, "k is 4, and the rows have 3"),
         ("perplexity", {"predictions": [0.5]}, "expected log-probabilities"),
         ("answer_agreement", {"predictions": ["1"], "references": ["1"], "gold": []}, "0 gold answers and 1"),
-        ("forgetting", {"predictions": [math.nan], "references": [1.0]}, "finite"),
+        ("forgetting", {"predictions": [math.nan], "references": [1.0]}, "1 of 1 predictions aren't finite"),
         ("canary_exposure", {"predictions": [1.0, 2.0], "references": [0, 0]}, "at least one was inserted"),
-        ("canary_exposure", {"predictions": [math.nan, 2.0], "references": [1, 0]}, "NaN"),
+        *(
+            ("canary_exposure", {"predictions": [wrong, 2.0], "references": [1, 0]}, "1 of 2 predictions")
+            for wrong in (math.nan, math.inf, -math.inf, None)
+        ),
+        ("forgetting", {"predictions": [1.0], "references": [None]}, "1 of 1 references aren't finite"),
+        ("perplexity", {"predictions": [math.nan, -1.0]}, "1 of 2 predictions aren't finite"),
+        ("token_agreement", {"predictions": [None, 1], "references": [None, 1]}, "predictions holds None"),
+        ("token_agreement", {"predictions": [1], "references": [1], "gold": [None]}, "gold holds None"),
+        ("calibration", {"predictions": ROW, "references": [None]}, "references holds None"),
+        ("calibration", {"predictions": [[math.inf, 0.0]], "references": [0]}, "holds NaN or infinity"),
+        ("kl_divergence", {"predictions": [[math.inf, 0.7]], "references": [[0.1, 0.5]]}, "predictions holds NaN or"),
+        ("kl_divergence", {"predictions": ROW, "references": [[math.inf, 0.5, 0.1]]}, "references holds NaN or"),
+        ("kl_divergence", {"predictions": [[-math.inf] * 3], "references": ROW}, "rules out all ids"),
+        ("captured_mass", {"predictions": [[math.inf, 0.1]], "references": [[0.1, 0.2]]}, "holds NaN or infinity"),
+        ("entropy_gap", {"predictions": [[0.1, 0.2]], "references": [[math.inf, 0.1]]}, "holds NaN or infinity"),
+        ("worst_tokens", {"predictions": [[math.inf, 0.1]], "references": [[0.1, 0.2]], "gold": [0]}, "infinity"),
+        ("answer_agreement", {"predictions": ["nan"], "references": ["1"], "gold": [math.nan]}, "None or NaN"),
+        ("answer_agreement", {"predictions": ["None"], "references": ["1"], "gold": [None]}, "None or NaN"),
     ],
 )
 def test_what_makes_no_sense_is_refused(name: str, inputs: dict, message: str) -> None:
@@ -346,6 +376,18 @@ def test_exposure_of_ends_and_ties() -> None:
     assert alike["exposure"] == pytest.approx(1, abs=1e-3)
     several = measures.exposure([1.0, 2.0, 3.0, 4.0], [True, False, False, True])
     assert several["exposure"] == pytest.approx(1.0) and several["largest"] == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_a_model_without_numbers_has_no_exposure(wrong: float) -> None:
+    """A run that overflowed gets a clean bill: candidates that are no numbers rank as if all were alike."""
+    model, tokenizer = make_model(), make_tokenizer()
+    with torch.no_grad():
+        model.lm_head.weight.fill_(wrong)
+    with pytest.raises(ValueError, match="71 of 71 candidates have no finite log-perplexity"):
+        canary_exposure(model, tokenizer, "the code is 42!", [f"the code is {number}" for number in range(10, 80)])
+    with pytest.raises(ValueError, match="1 of 3 candidates"):
+        measures.exposure([1.0, wrong, 3.0], [True, False, False])
 
 
 def test_log_perplexities_are_those_of_the_model() -> None:

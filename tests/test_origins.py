@@ -21,8 +21,8 @@ def write_card(folder: Path, text: str) -> Path:
 
 
 @pytest.fixture
-def no_hub(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A hub that answers nothing; what it was asked."""
+def no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A hub that answers nothing, and an empty cache; what it was asked."""
     asked: list[str] = []
 
     def refuse(self: object, name: str, **options: object) -> None:
@@ -31,15 +31,14 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", refuse)
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *args, **options: None)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     return asked
 
 
 def test_a_folder_with_a_card(tmp_path: Path, no_hub: list[str]) -> None:
     """The licence of a downloaded model stands in its own card; nobody has to be asked."""
     folder = write_card(tmp_path / "model", "---\nlicense: apache-2.0\n---\n# A model\n")
-    config = SimpleNamespace(_commit_hash=None)
-    found = origin_of_model(folder, "main", config)
+    found = origin_of_model(folder, "main")
     assert found == {"id": "model", "source": "folder", "revision": "main", "licence": "apache-2.0"}
     assert not no_hub
 
@@ -61,35 +60,30 @@ def test_a_snapshot_of_the_cache_is_its_id(tmp_path: Path) -> None:
     assert found == {"id": "org/small", "source": "hub", "revision": COMMIT, "licence": "mit"}
 
 
-def test_the_commit_that_was_taken_is_the_revision(no_hub: list[str]) -> None:
-    """A branch moves; the commit of the loaded config is what the weights are from."""
-    found = origin_of_model("org/small", "main", SimpleNamespace(_commit_hash=COMMIT))
-    assert found == {"id": "org/small", "source": "hub", "revision": COMMIT, "licence": None}
+def test_a_model_that_is_not_in_the_cache_has_the_revision_that_was_asked_for(no_hub: list[str]) -> None:
+    """The commit that a branch has by now isn't the one that was loaded elsewhere."""
     assert origin_of_model("org/small", "v1")["revision"] == "v1"
+    assert origin_of_model("org/small")["revision"] is None
     assert no_hub == ["org/small", "org/small"]
 
 
-def test_a_cached_card_is_read_before_the_hub_is_asked(tmp_path: Path, no_hub, monkeypatch) -> None:
+def test_a_cached_card_is_read_before_the_hub_is_asked(tmp_path: Path, no_hub: list[str]) -> None:
     """Offline clusters have the card in their cache."""
-    card = write_card(tmp_path, "---\nlicense: llama3\n---\n") / "README.md"
-    wanted = []
-
-    def cached(name: str, file: str, **options: object) -> str:
-        wanted.append((name, file, options))
-        return str(card)
-
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", cached)
-    assert origin_of_model("org/small", COMMIT)["licence"] == "llama3"
-    assert wanted == [("org/small", "README.md", {"revision": COMMIT, "repo_type": "model"})] and not no_hub
+    for kind in ("models", "datasets"):
+        folder = tmp_path / "hub" / f"{kind}--org--small" / "snapshots" / COMMIT
+        write_card(folder, f"---\nlicense: {kind}-licence\n---\n")
+    assert origin_of_model("org/small", COMMIT)["licence"] == "models-licence"
+    assert origin_of_rows("org/small", COMMIT)["licence"] == "datasets-licence"
+    assert not no_hub
 
 
 def test_the_hub_is_asked_and_its_answer_taken(no_hub: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no card is cached, the hub knows."""
     card = SimpleNamespace(to_dict=lambda: {"license": "other", "license_name": "our-terms"})
-    answer = lambda self, name, **options: SimpleNamespace(card_data=card)  # noqa: E731
+    answer = lambda self, name, **options: SimpleNamespace(sha=COMMIT, card_data=card)  # noqa: E731
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", answer)
     found = origin_of_rows("org/rows", "v2")
-    assert found == {"id": "org/rows", "source": "hub", "revision": "v2", "licence": "our-terms"}
+    assert found == {"id": "org/rows", "source": "hub", "revision": COMMIT, "licence": "our-terms"}
 
 
 def test_a_hub_that_hangs_costs_seconds(no_hub: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -289,3 +289,59 @@ def test_letters_that_have_no_bytes_dont_break_the_file():
     report["k_shot_details"]["after"]["0"]["verdict"] = "always '\udc00'"
     text = build_page(json.loads(json.dumps(whole_run())), report, {})
     assert text.encode("utf-8")
+
+
+@pytest.mark.parametrize("status", ["started", "failed", None])
+def test_a_run_that_is_not_finished_is_told_at_the_top(status):
+    """Prevents the page of a killed run from reading like that of a finished one, with steps that nobody made."""
+    run = whole_run()
+    run["status"] = status
+    found = Page(build_page(run, {"loss_history": []}, {}))
+    assert found.text.index("This run ") < found.text.index("What was done")
+    assert "up to 30 optimizer steps were asked for, and how many were made isn't recorded" in found.text
+    assert "Steps 30 optimizer steps" not in found.text
+    report = {"loss_history": [{"step": 8, "loss": 1.0}]}
+    assert "Steps at least 8 optimizer steps of the 30" in Page(build_page(run, report, {})).text
+    whole = Page(build_page(whole_run(), whole_report(), {})).text
+    assert "Steps 30 optimizer steps" in whole and "This run " not in whole
+
+
+def test_what_each_of_the_two_read_is_told(page):
+    """Prevents a distance between two prompts from being read as one between two models."""
+    assert "the teacher reads 8 demonstrations, the student 0 or 1 demonstrations, drawn for each text" in page.text
+    assert "The teacher read 8 demonstrations before each question. The student read 0 or 1" in page.text
+    assert "own beginning" not in page.text
+    run = whole_run()
+    run["recipe"]["data"]["demonstrations"]["count"], run["data"]["privileged_context"] = 0, {"rows": 104}
+    text = Page(build_page(run, whole_report(), {})).text
+    assert "The teacher read the row's own context before each question." in text
+
+
+def test_differences_of_the_same_items(page):
+    """Prevents 45 and 46 of 48 right from being read as a difference, in the table of their own task."""
+    own, other = page.text.split("Another task, not trained")
+    assert "after less fine-tuned on gold answers, points" in own and "after less fine-tuned" not in other
+    assert "8 +8.3 (-2.1 to +18.8) 0.300 +2.1 (+0.0 to +6.2) 0.300" in own
+    assert "8 -2.1 (-8.3 to +4.2) 0.300" in other and "no difference that 48 items can show" in other
+    report = whole_report()
+    del report["differences"]
+    assert "The same items" not in Page(build_page(whole_run(), report, {})).text
+
+
+def test_what_has_to_be_read_with_the_fidelity():
+    """Prevents intervals that promise too much, notes that nobody sees, and two teachers in one column."""
+    run, report = whole_run(), whole_report()
+    run["recipe"]["teacher"] = {"kind": "ema"}
+    report["fidelity"]["after"] |= {"agreement": 1.0, "agreement_interval": [1.0, 1.0], "notes": ["A <note>."]}
+    report["fidelity"]["before"] |= {"texts": 4}
+    text = Page(build_page(run, report, {})).text
+    assert "student before teacher before student after teacher after" in text
+    assert re.search(r"Agreement tokens whose .*? 51\.2% 100\.0% …", text), "neither has an interval"
+    assert re.search(r"Mass on 64 tokens .*? 74\.4% 99\.2% 98\.1% 99\.2%", text)
+    for words in ("A <note>.", "4 texts are too few for intervals", "The teacher moved", "since all texts gave the"):
+        assert words in text, words
+
+
+def test_the_divergence_is_told_as_it_is_sorted(page):
+    """Prevents a table by the sum from being read as one of the tokens that are farthest off."""
+    assert "farthest" not in page.text and "by the sum of the KL over all times that each occurs" in page.text

@@ -198,6 +198,15 @@ def test_reliability_of_student_and_teacher(tmp_path, drawn):
     assert not draw_reliability(tmp_path / "none.png", {"unavailable": "no teacher"})
 
 
+def test_a_teacher_that_moved_is_drawn_twice(tmp_path, drawn):
+    """Prevents the student before training from being held against the teacher of after."""
+    found = {"before": fidelity("before"), "after": fidelity("after")}
+    found["before"]["teacher"] |= {"perplexity": 5.0}
+    assert draw_reliability(tmp_path / "reliability.png", found)
+    legend = [text.get_text().split(":")[0] for text in drawn[0].legends[0].get_texts()]
+    assert legend == ["student before", "student after", "teacher before", "teacher after"]
+
+
 def test_agreement_by_place_in_the_answer(tmp_path, drawn):
     """Prevents a place that has no figure from being bridged, places that are counted from 0, and ranges whose name
     is that of one token.

@@ -9,6 +9,8 @@ import pytest
 
 from hfkd.eval.k_shot import KShotReport, score
 from hfkd.eval.predictions import item_hash, prediction_lines, read_predictions, write_predictions
+from hfkd.masking import shareable
+from hfkd.report.written import accuracy_pictures
 
 ITEMS = [{"prompt": "secret walk", "completion": " walked"}, {"prompt": "go", "completion": "goed", "answer": "went"}]
 
@@ -48,6 +50,19 @@ def test_no_path_of_this_machine(tmp_path: Path) -> None:
     (tmp_path / "verbs.jsonl").touch()
     lines = prediction_lines(str(tmp_path / "verbs.jsonl"), "before", report(), ITEMS)
     assert {line["task"] for line in lines} == {"verbs.jsonl"}
+
+
+@pytest.mark.parametrize(
+    "name", ["verbs", "org/verbs (2)", "recipes/verbs.jsonl", "/data/a client/verbs", "~/a/verbs"]
+)
+def test_a_task_has_one_name_in_predictions_report_and_pictures(name: str) -> None:
+    """Two files of one run that can't be joined by their tasks, and a folder's name in that of an uploaded picture."""
+    (known,) = {line["task"] for line in prediction_lines(name, "after", report(), ITEMS)}
+    assert known == shareable({"task": name})["task"]
+    assert {line["task"] for line in prediction_lines(known, "after", report(), ITEMS)} == {known}
+    kept = {"forgetting": [{"task": known, "details": {"after": {"0": {"accuracy": 0.5, "items": 2}}}}]}
+    picture = accuracy_pictures(kept)[1]
+    assert picture.startswith("accuracy-") and "verbs" in picture and "client" not in picture
 
 
 def test_other_items_are_refused() -> None:

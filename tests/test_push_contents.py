@@ -4,18 +4,22 @@ printed.
 
 from __future__ import annotations
 
+import base64
 import json
+import random
 from pathlib import Path
 from struct import pack
 
+import pyarrow
 import pytest
 import yaml
 from conftest import make_tokenizer
-from runs import PICTURE, SECRET, whole_run
+from pyarrow import parquet
+from runs import PICTURE, SECRET, picture, whole_run
 
 from hfkd.hub import plan_push
 from hfkd.uploads import collect
-from hfkd.uploads.contents import kind_of_secret
+from hfkd.uploads.contents import gone_over, kind_of_secret
 
 HOME = str(Path.home() / "private" / "models")
 
@@ -145,6 +149,140 @@ def test_a_chat_template_may_speak_of_tokens(tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path)
     assert {one.path for one in collect(tmp_path)} >= {"chat_template.jinja", "tokenizer.json"}
     assert not any(one.masked for one in collect(tmp_path))
+
+
+def test_a_page_with_pictures_goes_and_they_stay_as_they_are(folder: Path) -> None:
+    """A picture written as text looks like paths, some longer than any path can be: no run could be pushed."""
+    page = folder / "report.html"
+    written = base64.b64encode(picture()).decode()
+    assert written in page.read_text() and len(written) > 50_000, "want the page of a run"
+    assert planned(folder)["report.html"] == page.read_bytes()
+    noise = base64.b64encode(random.Random(3).randbytes(300_000)).decode()
+    beside = f'<img src="data:image/png;base64,/home/anna/{noise}"><p>/home/anna/x</p>'
+    page.write_text(beside + "/" + "a" * 5000 + "/" + "b" * 5000)
+    sent = planned(folder)["report.html"].decode()
+    assert f"base64,/home/anna/{noise}" in sent and "<p>~/x</p>" in sent
+
+
+def test_points_of_a_picture_are_no_secrets(tmp_path: Path) -> None:
+    """Among a hundred thousand bytes of noise some look like a password in an address; the picture is right."""
+    path = tmp_path / "loss.png"
+    points = b"://me:secret@x hf_" + b"Z" * 30
+    path.write_bytes(PICTURE[:8] + pack(">I", len(points)) + b"IDAT" + points + b"1234")
+    assert gone_over(path) == (path, "")
+    path.write_bytes(PICTURE[:8] + pack(">I", len(points)) + b"tEXt" + points + b"1234")
+    with pytest.raises(ValueError, match="a token or a password"):
+        gone_over(path)
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "generation_config.json", "tokenizer_config.json", "adapter_config.json"]
+)
+@pytest.mark.parametrize(
+    "found",
+    [
+        {"api_key": "s3cr3t-passw0rd"},
+        {"deep": [{"password": "hunter2hunter2"}]},
+        {"note": "password=hunter2hunter2"},
+        {"url": "https://host/x?X-Amz-Credential=a&X-Amz-Signature=0123456789abcdef"},
+        {"note": "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.abcdefgh"},
+        {"note": "AIza" + "Sy" * 16 + "x"},
+    ],
+)
+def test_secrets_by_name_and_form_are_refused(tmp_path: Path, name: str, found: dict) -> None:
+    """A password has no form; the name that it stands under tells."""
+    (tmp_path / name).write_text(json.dumps({"model_type": "llama", **found}))
+    with pytest.raises(ValueError, match=f"{name} in .* holds what looks like a token") as caught:
+        collect(tmp_path, (name,))
+    assert "hunter2" not in str(caught.value) and "s3cr3t" not in str(caught.value)
+
+
+ELSEWHERE = (
+    *("/lustre/scratch/alice/models/x", "/gpfs/alice/x", "/some/alice/x", "~/alice/x", "file:///some/alice/x"),
+    *("C:\\Users\\alice\\x", "D:/alice/x", "\\\\server\\alice\\x", "/data/My alice/x"),
+)
+
+
+@pytest.mark.parametrize("found", ELSEWHERE)
+def test_paths_of_another_machine(folder: Path, found: str) -> None:
+    """Trained on a cluster and pushed from a laptop is the usual way: nothing of the path is on the laptop."""
+    for name in ("run.json", "report.json"):
+        path = folder / name
+        path.write_text(json.dumps({**json.loads(path.read_text()), "model": found}))
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "model": found}))
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "_name_or_path": found, "text_config": {"_name_or_path": found}}))
+    sent = planned(folder)
+    assert not [name for name, content in sent.items() if b"alice" in content]
+    assert json.loads(sent["run.json"])["model"] == yaml.safe_load(sent["recipe.yaml"])["model"] == "x"
+    assert json.loads(sent["config.json"])["text_config"] == {"_name_or_path": "x"}
+    path.write_text(json.dumps({**config, "other": found}))
+    with pytest.raises(ValueError, match="a folder of this machine"):
+        planned(folder)
+
+
+@pytest.mark.parametrize("root", ["data", "gpfs", "lustre", "scratch", "workspace", "mnt", "work", "projects"])
+def test_paths_of_clusters_in_sentences(folder: Path, root: str) -> None:
+    """A card's sentence names the folder of a cluster as well."""
+    card = folder / "README.md"
+    card.write_text(card.read_text() + f"\nRead from `/{root}/alice/x`, file:///{root}/alice/x.\n")
+    assert b"alice" not in planned(folder)["README.md"]
+
+
+def test_what_a_model_needs_stays(tmp_path: Path) -> None:
+    """Ids, addresses, tokens and templates look like secrets and paths to a filter that is too keen."""
+    tokens = {f"{name}_token": f"<{name}>" for name in ("boi", "eoi", "image", "video", "audio", "eot", "user", "odd")}
+    tokens |= {"fim_prefix_token": "fim prefix", "pad_token": "a word", "cls_token": {"content": "[CLS]"}}
+    template = "{% set api_token = 'x' %}{% if '/think' in m %}ls /home/user/x /tmp/y{% endif %}password = {{ p }}"
+    added = {"7": {"content": "/home/user"}, "8": {"content": "C:\\\\x\\y"}, "9": {"content": "token=abc"}}
+    files = {
+        "config.json": {
+            "_name_or_path": "owner/name",
+            "url": "https://huggingface.co/data/x",
+            "auto_map": {"a": "b--c.D"},
+        },
+        "tokenizer_config.json": {**tokens, "chat_template": template, "added_tokens_decoder": added},
+        "special_tokens_map.json": tokens,
+        "tokenizer.json": {"model": {"vocab": {"/usr/lib": 1}, "merges": ["/h ome"], "unk_token": "x"}, "p": "/a/b|c"},
+        "vocab.json": {"token=abc": 1, "/home/user": 2, "C:\\x\\y": 3},
+    }
+    for name, data in files.items():
+        (tmp_path / name).write_text(json.dumps(data))
+    (tmp_path / "chat_template.jinja").write_text(template)
+    (tmp_path / "merges.txt").write_text("password = x\n/home /user\n")
+    uploads = collect(tmp_path)
+    assert {one.path for one in uploads} == {*files, "chat_template.jinja", "merges.txt"}
+    assert not [one.path for one in uploads if one.content != tmp_path / one.path]
+    (tmp_path / "chat_template.jinja").write_text(f"read {HOME}/x")
+    with pytest.raises(ValueError, match="chat_template.jinja"):
+        collect(tmp_path)
+
+
+def test_notes_and_names_of_rows_and_weights(tmp_path: Path) -> None:
+    """A table has room for notes, each column too; and a tensor's name is a text."""
+    table = pyarrow.table({"a": [1]})
+    (tmp_path / "x.parquet").write_bytes(b"")
+    column = pyarrow.schema(
+        [pyarrow.field("a", pyarrow.list_(pyarrow.field("b", "int64", metadata={"c": "/gpfs/a/b"})))]
+    )
+    cases = (
+        table.replace_schema_metadata({"made_in": "/gpfs/alice/rows"}),
+        table.replace_schema_metadata({"settings": json.dumps({"password": "hunter2hunter2"})}),
+        pyarrow.table({"a": [[1]]}, schema=column),
+        table.rename_columns([f"of {SECRET}"]),
+    )
+    for case in cases:
+        parquet.write_table(case, tmp_path / "x.parquet")
+        with pytest.raises(ValueError, match=r"x\.parquet in .* holds"):
+            gone_over(tmp_path / "x.parquet")
+    parquet.write_table(table, tmp_path / "x.parquet")
+    assert gone_over(tmp_path / "x.parquet")[1] == ""
+    header = json.dumps({f"of {SECRET}": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}})
+    (tmp_path / "model.safetensors").write_bytes(pack("<Q", len(header)) + header.encode() + b"\0")
+    with pytest.raises(ValueError, match="a token or a password"):
+        gone_over(tmp_path / "model.safetensors")
 
 
 def test_what_a_secret_is() -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import make_model, make_tokenizer
 from huggingface_hub import ModelCard
@@ -15,6 +17,7 @@ from rich.console import Console
 import hfkd.run.build
 import hfkd.run.conduct
 import hfkd.run.outcome
+import hfkd.trainer
 from hfkd.config import DistillationConfig
 from hfkd.errors import CheckpointError, VocabularyError
 from hfkd.recipe import RecipeError, load_recipe
@@ -514,3 +517,109 @@ def test_an_own_local_teacher_has_its_own_tokenizer(
         Path("theirs/tokenizer.json").write_text(json.dumps(saved))
         with pytest.raises(VocabularyError, match="is 'A' for the student and 'B' for the teacher"):
             run(f"teacher={named % 'theirs'}", "evaluation=null", "training.run_policy=overwrite")
+
+
+def test_a_figure_that_is_no_number_loses_no_report(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An overflow of float16's scaler is logged as inf, for which JSON has no word: all that was measured was lost."""
+    train = hfkd.trainer.DistillationTrainer.train
+
+    def with_overflow(self, *args: object, **kwargs: object) -> object:
+        outcome = train(self, *args, **kwargs)
+        self.state.log_history[0]["grad_norm"] = float("inf")
+        return outcome
+
+    monkeypatch.setattr(hfkd.trainer.DistillationTrainer, "train", with_overflow)
+    report = run().report
+    assert report["loss_history"][0]["grad_norm"] is None
+    assert json.loads(Path("out/report.json").read_text()) == report
+
+
+def test_what_fails_after_training_keeps_the_weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An evaluation that runs out of memory must not cost what was trained, nor look like a run that ended well."""
+    measure, calls = hfkd.run.conduct.measure_fidelity, []
+
+    def dies(*args: object) -> object:
+        calls.append(args)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+        return measure(*args)
+
+    monkeypatch.setattr(hfkd.run.conduct, "measure_fidelity", dies)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run("training.save_strategy=no")
+    assert Path("out/adapter_model.safetensors").is_file() and Path("out/tokenizer.json").is_file()
+    assert json.loads(Path("out/run.json").read_text())["status"] == "failed"
+
+
+def test_a_report_that_cannot_be_written_is_no_finished_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk while the pictures are drawn: whoever starts it again must see that it isn't whole."""
+
+    def full(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(hfkd.run.outcome, "draw_plots", full)
+    with pytest.raises(OSError, match="No space"):
+        run()
+    assert json.loads(Path("out/run.json").read_text())["status"] == "failed"
+
+
+def test_time_and_energy_are_those_of_all_sessions(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that was continued is told as one that took the time of its last session."""
+    used = {"joules": 10.0, "devices": ["cpu package 0"], "source": "rapl", "seconds": 2.0}
+    monkeypatch.setattr(hfkd.run.conduct.EnergyMeter, "to_dict", lambda self: used)
+    keeping = ["training.save_strategy=steps", "training.save_steps=1"]
+    first = run(*keeping).record
+    again = run(*keeping, "training.run_policy=resume").record
+    assert (first.sessions, again.sessions) == (1, 2)
+    assert all(again.durations[stage] >= spent for stage, spent in first.durations.items())
+    assert again.energy == {**used, "joules": 20.0, "seconds": 4.0}
+
+
+def test_what_training_changed_is_told_item_by_item(folder: Path) -> None:
+    """Two accuracies with intervals that overlap say less than the same items asked twice."""
+    report = run("evaluation.gold_baseline=true").report
+    wanted = ("before", "after", "2")
+    one = next(each for each in report["differences"] if (each["from"], each["to"], each["shots"]) == wanted)
+    before, after = (report["k_shot"][stage]["2"] for stage in ("before", "after"))
+    assert one["difference"] == pytest.approx(after - before) and one["items"] == 4
+    assert one["interval"][0] <= one["difference"] <= one["interval"][1]
+    assert {(each["from"], each["to"]) for each in report["differences"]} == {("before", "after"), ("gold", "after")}
+
+
+def test_a_cached_teacher_says_where_its_fidelity_is_to_be_had(folder: Path) -> None:
+    """`Build a cache`, told to someone who has just built one, sends him in a circle."""
+    from hfkd.cache import make_codec
+    from hfkd.run.caching import build_cache
+
+    quiet = Console(file=io.StringIO())
+    build_cache(load_recipe("recipe.yaml"), Path("cache"), make_codec("topk", k=8), console=quiet)
+    reason = run("teacher.cache=cache").report["fidelity"]["unavailable"]
+    assert "hfkd evaluate out --fidelity teacher.cache=null" in reason
+
+
+def test_before_and_after_are_asked_in_one_precision(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under bf16 the trained student kept its autocast: half of what training changed was the rounding."""
+    asked, seen = hfkd.run.conduct.ask, []
+
+    def watched(run, model, task, description):
+        hook = model.lm_head.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+        try:
+            return asked(run, model, task, description)
+        finally:
+            hook.remove()
+
+    monkeypatch.setattr(hfkd.run.conduct, "ask", watched)
+    run("student.lora=null", "teacher={kind: local, model: model}", "training.bf16=true", "evaluation.fidelity=false")
+    assert seen and not any(seen)
+
+
+def test_tasks_of_one_name_are_told_apart(folder: Path) -> None:
+    """Two files of one name in different folders, and one of the two results is lost."""
+    for name in ("one", "two"):
+        Path(name).mkdir()
+        shutil.copy("other.jsonl", f"{name}/test.jsonl")
+    forgetting = (
+        "[" + ", ".join(f"{{path: {name}/test.jsonl, size: 3, demonstrations: 2}}" for name in ("one", "two")) + "]"
+    )
+    report = run(f"evaluation.forgetting={forgetting}").report
+    assert [one["task"] for one in report["forgetting"]] == ["test", "test (2)"]

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from hfkd import DistillationConfig
 from hfkd.cli.main import app
-from hfkd.masking import safe_command
+from hfkd.masking import safe_command, shareable, shareable_text
 from hfkd.recipe import RecipeError, load_recipe
 from hfkd.record import RunRecord
 
@@ -220,3 +220,43 @@ def test_whole_paths_are_told_by_their_last_part(tmp_path: Path, monkeypatch: py
     assert recipe == {"student": {"model": "model"}, "data": {"prompt": {"system": "/no_think", "stop": ["/"]}}}
     command = safe_command(["hfkd", "train", f"{there}.yaml", f"student.model={there}", f"teacher={{model: {there}}}"])
     assert command == ["hfkd", "train", "model.yaml", "student.model=model", "teacher={model: model}"]
+
+
+def test_paths_of_other_machines_are_told_by_their_last_part() -> None:
+    """A record that is copied and written anew elsewhere, or after a disk was taken away, still names people."""
+    command = safe_command(
+        ["/opt/x/hfkd", "student.model=/some/anna/my model", "teacher.model=C:\\anna\\m", "a=~/anna/b"]
+    )
+    assert command == ["hfkd", "student.model=my model", "teacher.model=m", "a=b"]
+    known = {
+        "model": "/gone/anna/m",
+        "id": "owner/name",
+        "url": "https://host/a/b",
+        "stop": ["/s/", "//"],
+        "say": "/go on",
+    }
+    assert shareable(known) == {**known, "model": "m"}
+
+
+def test_a_text_of_any_length_can_be_masked() -> None:
+    """What is longer than a path can be is no path; asking the disk for it ended every push."""
+    long = "/" + "A1" * 300 + "/" + "b" * 5000
+    assert shareable_text(f"x {long} y") == f"x {long} y" and safe_command(["hfkd", long])
+    assert shareable({"a": long * 3})
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("<code>/home/anna</code>", "<code>~</code>"),
+        ("see /scratch/anna/x.", "see x."),
+        ("from file:///odd/anna/x on", "from x on"),
+        (r"in C:\Users\anna\x, then", "in x, then"),
+        (r"the map f:\mathbb R\to R", r"the map f:\mathbb R\to R"),
+        ("/v1/chat/completions", "/v1/chat/completions"),
+        ("https://host/data/x/y", "https://host/data/x/y"),
+    ],
+)
+def test_paths_in_sentences(text: str, kept: str) -> None:
+    """Markup, formulas and addresses stay as they are."""
+    assert shareable_text(text) == kept

@@ -11,6 +11,9 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined, Template
 
 from hfkd.card.citations import GKD, LORA, SECOKD, bibtex
+from hfkd.card.course import ending
+from hfkd.card.differences import difference_rows
+from hfkd.card.fidelity import fidelity_remarks, fidelity_table, fidelity_words, worst_tokens
 from hfkd.card.limits import limits, teacher_figure
 from hfkd.card.markdown import Markdown, block, bullets, code, code_cell, joined, plain, table
 from hfkd.card.marker import marked
@@ -21,12 +24,11 @@ from hfkd.card.results import (
     accuracy_of,
     accuracy_section,
     details_of,
-    fidelity_table,
     items_of,
     other_tasks,
-    worst_tokens,
 )
-from hfkd.card.usage import asking_code, loading_code, loading_words, merging_code, reproducing
+from hfkd.card.teaching import shots_words, teacher_words
+from hfkd.card.usage import asking_code, asking_words, loading_code, loading_words, merging_code, reproducing
 from hfkd.card.words import (
     answers_words,
     done,
@@ -35,8 +37,6 @@ from hfkd.card.words import (
     has_adapter,
     lengths_words,
     origins_table,
-    shots_words,
-    teacher_words,
     time_words,
     title,
 )
@@ -108,6 +108,7 @@ def _story(run: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, Any]:
     """What was done, with what."""
     terms = terms_of(run)
     return {
+        "ending": ending(run),
         "done": done(run, report),
         "origins": origins_table(run),
         "teacher": teacher_words(run),
@@ -127,21 +128,26 @@ def _story(run: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, Any]:
 def _figures(run: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, Any]:
     """What came of it."""
     details = details_of(report)
-    fidelity = section(report, "fidelity.after") or section(report, "fidelity.before")
-    words = (
-        f"Token by token on {count(fidelity, 'texts')} held-out texts ({count(fidelity, 'tokens')} tokens), both "
-        "models reading the same text before each token, at temperature 1, with 95 % intervals:"
-    )
     return {
         "results": accuracy_section(details),
+        "differences": _differences(report, "", details),
         "items": items_of(details),
-        "others": [(name, items_of(one), accuracy_section(one)) for name, one in other_tasks(report)],
-        "fidelity": fidelity_table(report),
-        "fidelity_words": words,
+        "others": [
+            (name, items_of(one), accuracy_section(one), _differences(report, name, one))
+            for name, one in other_tasks(report)
+        ],
+        "fidelity": fidelity_table(run, report),
+        "fidelity_words": fidelity_words(run, report),
+        "fidelity_remarks": bullets(fidelity_remarks(run, report)),
         "worst": worst_tokens(report),
         "unavailable": text(report, "fidelity.unavailable").rstrip("."),
         "limits": bullets(limits(run, report)),
     }
+
+
+def _differences(report: Mapping[str, Any], task: str, details: Mapping[str, Any]) -> Markdown:
+    heads, rows = difference_rows(report, task, details)
+    return table(heads, rows)
 
 
 def _handling(run: Mapping[str, Any], report: Mapping[str, Any], files: Collection[str]) -> dict[str, Any]:
@@ -153,6 +159,7 @@ def _handling(run: Mapping[str, Any], report: Mapping[str, Any], files: Collecti
         "loading_words": loading_words(run),
         "merging": merging_code(run),
         "asking": asking_code(run),
+        "asking_words": asking_words(run),
         "reproducing": reproducing(run, files),
         "hardware": hardware_words(run),
         "time": time_words(run, report),
@@ -173,7 +180,8 @@ def _train(run: Mapping[str, Any]) -> Markdown:
     if not text(train, "path"):
         return Markdown("")
     named = f" ({plain(text(train, 'name'))})" if text(train, "name") else ""
-    return Markdown(f"{code(text(train, 'path'))}{named}, split {code(text(train, 'split', 'train'))}")
+    split = "" if text(run, "origins.train.source") == "file" else f", split {code(text(train, 'split', 'train'))}"
+    return Markdown(f"{code(text(train, 'path'))}{named}{split}")
 
 
 def _teacher_accuracy(run: Mapping[str, Any], report: Mapping[str, Any]) -> str:
@@ -185,7 +193,9 @@ def _teacher_accuracy(run: Mapping[str, Any], report: Mapping[str, Any]) -> str:
 
 
 def _picture(name: str) -> Markdown:
-    return joined([Markdown(f"![{_SEEN_ON.get(name, name.rpartition('/')[2].removesuffix('.png'))}]({name})")])
+    stem = name.rpartition("/")[2].removesuffix(".png")
+    other = f"Accuracy on another task, {stem.removeprefix('accuracy-')}" if stem.startswith("accuracy-") else stem
+    return joined([Markdown(f"![{_SEEN_ON.get(name, other)}]({name})")])
 
 
 def _bibtex(run: Mapping[str, Any], ids: list[str]) -> Markdown:

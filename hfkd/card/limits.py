@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from hfkd.card.course import ending
+from hfkd.card.differences import against_before, against_forgetting, against_gold
+from hfkd.card.fidelity import interval_of
 from hfkd.card.reading import count, number, section, text, value
 from hfkd.card.results import accuracy_of, details_of, each, items_of, other_tasks, shots_of
+from hfkd.card.teaching import demonstrations, moves, moving_words
 
 _FEW = 200
 """Below so many items an interval is so wide that the card says so."""
+_ERROR = "expected_calibration_error"
 
 
 def limits(run: Mapping[str, Any], report: Mapping[str, Any]) -> list[str]:
@@ -17,32 +22,33 @@ def limits(run: Mapping[str, Any], report: Mapping[str, Any]) -> list[str]:
     details = details_of(report)
     return [
         *_run(run),
-        *_measuring(details),
-        *_against_baselines(details),
+        *_measuring(report, details),
+        *against_before(report, details),
+        *against_gold(report, details),
         *_teacher(run, details),
         *_answers(run),
         *_left_out(run),
-        *_fidelity(report),
+        *_fidelity(run, report),
         *_forgetting(report),
     ]
 
 
 def _run(run: Mapping[str, Any]) -> Iterator[str]:
+    if words := ending(run):
+        yield words
     seed = value(run, "recipe.training.seed")
     named = f" ({seed})" if isinstance(seed, int) else ""
     yield (
         f"One run with one seed{named}; the intervals say how far the choice of items alone could move a figure, not "
         "how far another seed would."
     )
-    status = text(run, "status")
-    if status and status not in ("finished", "started"):
-        yield f"The run did not end as it should: its record says '{status}'."
 
 
-def _measuring(details: Mapping[str, Any]) -> Iterator[str]:
+def _measuring(report: Mapping[str, Any], details: Mapping[str, Any]) -> Iterator[str]:
     items = items_of(details)
     if not details:
-        yield "Nothing was evaluated in this run, so nothing is known of what the model can do."
+        measured = "No question was asked" if section(report, "fidelity.after") else "Nothing was evaluated"
+        yield f"{measured} in this run, so it isn't known how many answers the model gets right."
         return
     if 0 < items < _FEW:
         found = [accuracy_of(details, stage, shots) for stage, shots, _ in each(details)]
@@ -52,27 +58,6 @@ def _measuring(details: Mapping[str, Any]) -> Iterator[str]:
         yield "Some figures are no better than a constant answer; see the remarks below the table."
     if any(count(result, "cut") for _, _, result in each(details)):
         yield "Some answers were cut at the limit of tokens and may count as wrong for that alone."
-
-
-def _against_baselines(details: Mapping[str, Any]) -> Iterator[str]:
-    """Where the gain is within the noise, or something simpler does as well."""
-    for shots in shots_of(details):
-        after, before, gold = (accuracy_of(details, stage, shots) for stage in ("after", "before", "gold"))
-        if after is None:
-            continue
-        if before is not None and after.low <= before.high and before.low <= after.high:
-            way = "fell" if after.share < before.share else "rose" if after.share > before.share else "stayed"
-            yield (
-                f"With {_shown(shots)} the accuracy {way} from {before.share:.1%} to {after.share:.1%}, and the two "
-                "intervals overlap: taken by themselves they show no change."
-            )
-        elif before is not None and after.share < before.share:
-            yield f"With {_shown(shots)} it became worse: {before.share:.1%} before, {after.share:.1%} after."
-        if gold is not None and gold.share >= after.share:
-            yield (
-                f"With {_shown(shots)} fine-tuning on the gold answers, at the same budget, scores {gold.share:.1%} "
-                f"against {after.share:.1%}: with labels at hand the teacher brought nothing there."
-            )
 
 
 def _teacher(run: Mapping[str, Any], details: Mapping[str, Any]) -> Iterator[str]:
@@ -86,7 +71,7 @@ def _teacher(run: Mapping[str, Any], details: Mapping[str, Any]) -> Iterator[str
     if not stage:
         yield "How good the teacher is at this task itself was not measured."
     elif verdict := text(section(section(details, stage), shots), "verdict"):
-        yield f"The teacher itself is not better than a constant answer with {_shown(shots)}: {verdict}."
+        yield f"The teacher itself is not better than a constant answer with {demonstrations(shots)}: {verdict}."
 
 
 def teacher_figure(run: Mapping[str, Any], details: Mapping[str, Any]) -> tuple[str, str]:
@@ -122,27 +107,39 @@ def _left_out(run: Mapping[str, Any]) -> Iterator[str]:
         yield f"It was trained on {rows} rows of one task; other wordings of that task were not tried."
 
 
-def _fidelity(report: Mapping[str, Any]) -> Iterator[str]:
+def _fidelity(run: Mapping[str, Any], report: Mapping[str, Any]) -> Iterator[str]:
     before, after = section(report, "fidelity.before"), section(report, "fidelity.after")
     if not after:
         why = text(report, "fidelity.unavailable")
         yield f"How close the student is to its teacher, token by token, was not measured{f': {why}' if why else ''}."
         return
-    if (agreement := number(after, "agreement")) is not None:
+    if words := moving_words(run, report):
+        yield words
+    agreement = number(after, "agreement")
+    if agreement is not None and agreement < 1:
         yield (
             f"On {1 - agreement:.1%} of the held-out tokens its likeliest token is another than the teacher's: it is "
             "not its teacher."
         )
     wrong, of = number(after, "agreement_when_teacher_wrong"), count(after, "teacher_wrong")
     if wrong and of:
-        yield f"Where the teacher is wrong ({of} tokens), it makes the same mistake {wrong:.1%} of the time."
-    for key, words in (
-        ("forward_kl", "KL to its teacher"),
-        ("student.expected_calibration_error", "calibration error"),
-    ):
-        then, now = number(before, key), number(after, key)
-        if then is not None and now is not None and now > then:
-            yield f"Its {words} is worse than before training: {then:.4g} before, {now:.4g} after."
+        yield f"Of {of} tokens on which the teacher is wrong it says the same wrong one on {round(wrong * of)}."
+    if not moves(run, report):
+        yield from _risen(before, after, "forward_kl", "KL to its teacher")
+    yield from _risen(before, after, f"student.{_ERROR}", "expected calibration error")
+
+
+def _risen(before: Mapping[str, Any], after: Mapping[str, Any], key: str, words: str) -> Iterator[str]:
+    """What is larger than before training, and whether that is more than the choice of texts makes of it."""
+    then, now = number(before, key), number(after, key)
+    if then is None or now is None or now <= then:
+        return
+    ends = [interval_of(figures, f"{key}_interval") for figures in (before, after)]
+    if None in ends:
+        so = "without an interval, that may be chance"
+    else:
+        so = "beyond their intervals" if ends[1][0] > ends[0][1] else "and the two intervals overlap"
+    yield f"Its {words} is larger than before training, {so}: {then:.4g} before, {now:.4g} after."
 
 
 def _forgetting(report: Mapping[str, Any]) -> Iterator[str]:
@@ -150,15 +147,4 @@ def _forgetting(report: Mapping[str, Any]) -> Iterator[str]:
     if not tasks:
         yield "What the model forgot of other tasks was not measured."
     for name, details in tasks:
-        falls = {}
-        for shots in shots_of(details):
-            before, after = accuracy_of(details, "before", shots), accuracy_of(details, "after", shots)
-            if before and after and after.share < before.share:
-                falls[shots] = before.share - after.share
-        if falls:
-            worst = max(falls, key=lambda shots: falls[shots])
-            yield f"On {name} it lost {falls[worst]:.1%} of the items with {_shown(worst)} in the prompt."
-
-
-def _shown(shots: str) -> str:
-    return f"{shots} demonstration{'' if shots == '1' else 's'}"
+        yield from against_forgetting(report, name, details)

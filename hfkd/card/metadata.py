@@ -12,11 +12,12 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from hfkd.card.fidelity import interval_of
 from hfkd.card.licences import HUB_LICENCES
 from hfkd.card.markdown import one_line
-from hfkd.card.reading import count, number, pair, section, text, value
+from hfkd.card.reading import count, number, section, text
 from hfkd.card.results import accuracy_of, details_of, other_tasks, shots_of
-from hfkd.card.words import base_id, is_adapter, is_part, origins_of, short_name, title
+from hfkd.card.words import base_id, ingredients_of, is_adapter, is_part, short_name, title
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _OWN = ("self", "none", "ema", "snapshot")
@@ -59,8 +60,10 @@ def _relation(run: Mapping[str, Any]) -> str:
 
 
 def licence(run: Mapping[str, Any]) -> str:
-    """The licence that all of student, teacher and training rows have; empty where one isn't known or differs."""
-    names = {text(one, "licence").strip() for _, one in origins_of(run)}
+    """The licence that student, teacher, training rows and demonstrations all have; empty where one isn't known or
+    differs.
+    """
+    names = {text(one, "licence").strip() for _, one in ingredients_of(run)}
     return names.pop() if len(names) == 1 and _all_known(run) else ""
 
 
@@ -70,14 +73,15 @@ def _all_known(run: Mapping[str, Any]) -> bool:
     members = section(teacher, "members")
     wanted = {f"teacher.{name}": section(one) for name, one in members.items()} or {"teacher": teacher}
     named = [key for key, one in wanted.items() if text(one, "kind", "unknown") not in _OWN]
-    return all(section(known.get(key)) for key in ("student", "train", *named))
+    shown = ["demonstrations"] if text(run, "recipe.data.demonstrations.path") else []
+    return all(section(known.get(key)) for key in ("student", "train", *shown, *named))
 
 
 def licence_words(run: Mapping[str, Any]) -> str:
     """The licence, or why none is named."""
     if name := licence(run):
         return f"{name}: that of everything that the model was made of."
-    named = [f"{role}: {text(one, 'licence', 'not recorded')}" for role, one in origins_of(run)]
+    named = [f"{role}: {text(one, 'licence', 'not recorded')}" for role, one in ingredients_of(run)]
     return (
         f"none is named, since what the model was made of doesn't share one that is known ({'; '.join(named)}). The "
         "licences of all of them bear on it."
@@ -95,9 +99,15 @@ def _named_licence(name: str) -> dict[str, str]:
 
 
 def _datasets(run: Mapping[str, Any]) -> list[str]:
-    train = section(run, "origins.train")
-    name = text(train, "id")
-    return [name] if text(train, "source") == "hub" and _HUB_ID.fullmatch(name) else []
+    """The data sets of the hub that it was made of: training rows, and what demonstrations are from."""
+    return list(dict.fromkeys(name for key in ("train", "demonstrations") if (name := _on_hub(run, key))))
+
+
+def _on_hub(run: Mapping[str, Any], key: str) -> str:
+    """The id of a data set that is known to be on the hub."""
+    known = section(run, f"origins.{key}")
+    name = text(known, "id")
+    return name if text(known, "source") == "hub" and _HUB_ID.fullmatch(name) else ""
 
 
 def _results(run: Mapping[str, Any], report: Mapping[str, Any]) -> Iterator[EvalResult]:
@@ -109,7 +119,7 @@ def _results(run: Mapping[str, Any], report: Mapping[str, Any]) -> Iterator[Eval
     after = section(report, "fidelity.after")
     for key, kind, words, interval in _FIDELITY:
         if (figure := number(after, key)) is not None:
-            between = pair(after, interval) if interval else None
+            between = interval_of(after, interval)
             arguments = {"tokens": count(after, "tokens"), **_between(between)}
             yield _result(own, kind, figure, f"{words}{_in_words(between)}", arguments)
 
@@ -141,25 +151,23 @@ def _in_words(interval: tuple[float, float] | None) -> str:
 
 def _held_out(run: Mapping[str, Any]) -> dict[str, Any]:
     """The evaluation items as `model-index` names a data set; without a path of their own they are held out."""
-    evaluation = section(run, "recipe.evaluation")
-    path = text(evaluation, "path")
-    source = evaluation if path else section(run, "recipe.data.train")
-    name = path or text(source, "path")
-    held_out = "" if path else ", rows held out of training"
-    on_hub = bool(_HUB_ID.fullmatch(name)) and "." not in name.split("/")[-1]
-    named = {
-        "dataset_type": name if on_hub and text(run, "origins.train.source") == "hub" else _slug(short_name(name))
-    }
-    named |= {"dataset_name": one_line(f"{short_name(name) or 'held-out rows'}{held_out}", 96)}
-    for key in ("name", "split", "revision"):
-        found = value(source, key)
+    path = text(run, "recipe.evaluation.path")
+    key, source = ("evaluation", "recipe.evaluation") if path else ("train", "recipe.data.train")
+    asked, held_out = section(run, source), "" if path else ", rows held out of training"
+    words = one_line(f"{short_name(path or text(asked, 'path')) or 'held-out rows'}{held_out}", 96)
+    if not (name := _on_hub(run, key)):
+        return {**_named(short_name(path or text(asked, "path"))), "dataset_name": words}
+    named = {"dataset_type": name, "dataset_name": words}
+    commit = text(run, f"origins.{key}.revision") or text(asked, "revision")
+    for field, found in (("config", asked.get("name")), ("split", asked.get("split")), ("revision", commit)):
         if isinstance(found, str) and found.strip():
-            named["dataset_config" if key == "name" else f"dataset_{key}"] = one_line(found, 96)
+            named[f"dataset_{field}"] = one_line(found, 96)
     return named
 
 
 def _named(task: str) -> dict[str, Any]:
-    return {"dataset_type": _slug(task), "dataset_name": one_line(task, 96)}
+    """Rows that no data set of the hub is known to hold, under a name that none has: the hub links what is an id."""
+    return {"dataset_type": f"local-{_slug(task)}", "dataset_name": one_line(task, 96)}
 
 
 def _slug(words: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from hfkd.card.markdown import Markdown, bullets, code_cell, table
+from hfkd.card.markdown import Markdown, bullets, table
 from hfkd.card.reading import count, entries, number, pair, section, text
 from hfkd.intervals import wilson_interval
 
@@ -54,7 +54,7 @@ def accuracy_of(details: Mapping[str, Any], stage: str, shots: str) -> Accuracy 
     if share is None or not 0 <= share <= 1:
         return None
     items = count(result, "items")
-    if (known := pair(result, "interval")) is not None:
+    if (known := pair(result, "interval")) is not None and known[0] < known[1]:
         return Accuracy(share, *known)
     return Accuracy(share, *wilson_interval(share * items, items)) if items > 0 else Accuracy(share, 0.0, 1.0)
 
@@ -108,66 +108,3 @@ def accuracy_section(details: Mapping[str, Any]) -> Markdown:
     """The table and the remarks below it."""
     remarks = bullets(verdicts(details))
     return Markdown(f"{accuracy_table(details)}\n\n{remarks}" if remarks else accuracy_table(details))
-
-
-# What is shown of a fidelity report: the words, the key, the key of its interval, and whether it is a share.
-_AGAINST_TEACHER = (
-    ("same likeliest token", "agreement", "agreement_interval", True),
-    ("the same where the teacher is wrong", "agreement_when_teacher_wrong", "", True),
-    ("KL(teacher to student), nats per token", "forward_kl", "forward_kl_interval", False),
-    ("KL(student to teacher), nats per token", "reverse_kl", "reverse_kl_interval", False),
-    ("mass on the teacher's {k} likeliest tokens", "captured_mass.student", "", True),
-    ("entropy less the teacher's, nats", "entropy.gap", "", False),
-)
-_OF_THE_TEXT = (
-    ("likeliest token is the text's", "accuracy", True),
-    ("perplexity of the text", "perplexity", False),
-    ("expected calibration error", "expected_calibration_error", True),
-    ("Brier score (0 to 2)", "brier", False),
-)
-
-
-def fidelity_table(report: Mapping[str, Any]) -> Markdown:
-    """Student before and after beside its teacher, token by token on held-out text."""
-    stages = {stage: one for stage in ("before", "after") if (one := section(report, f"fidelity.{stage}"))}
-    if not stages:
-        return Markdown("")
-    last = list(stages.values())[-1]
-    rows = []
-    for words, key, interval, share in _AGAINST_TEACHER:
-        cells = [
-            _figure(number(one, key), pair(one, interval) if interval else None, share) for one in stages.values()
-        ]
-        own = _figure(number(last, "captured_mass.teacher"), None, True) if key.startswith("captured") else "-"
-        rows.append((words.format(k=count(last, "captured_mass.k")), *cells, own))
-    for words, key, share in _OF_THE_TEXT:
-        cells = [_figure(number(one, f"student.{key}"), None, share) for one in stages.values()]
-        rows.append((words, *cells, _figure(number(last, f"teacher.{key}"), None, share)))
-    return table(("", *(f"student {stage}" for stage in stages), "teacher"), rows)
-
-
-def _figure(one: float | None, interval: tuple[float, float] | None, share: bool) -> str:
-    if one is None:
-        return "-"
-    words = f"{one:.1%}" if share else f"{one:.4g}"
-    if interval is None:
-        return words
-    low, high = interval
-    return f"{words} ({100 * low:.1f} to {100 * high:.1f})" if share else f"{words} ({low:.4g} to {high:.4g})"
-
-
-def worst_tokens(report: Mapping[str, Any], most: int = 5) -> Markdown:
-    """The tokens on which the student is farthest from its teacher after training."""
-    rows = [
-        (code_cell(repr(text_of(one, "text"))), count(one, "tokens"), _figure(number(one, "forward_kl"), None, False))
-        + (code_cell(repr(text_of(one, "teacher"))), code_cell(repr(text_of(one, "student"))))
-        for one in entries(report, "fidelity.after.worst_tokens")[:most]
-    ]
-    heads = ("token of the text", "times", "mean KL, nats", "the teacher's likeliest", "the student's likeliest")
-    return table(heads, rows)
-
-
-def text_of(one: Mapping[str, Any], key: str) -> str:
-    """A text that may be blank, as a token may be."""
-    found = one.get(key)
-    return found if isinstance(found, str) else ""

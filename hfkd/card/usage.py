@@ -9,8 +9,19 @@ from typing import Any
 
 from hfkd.card.markdown import Markdown, block, code, one_line
 from hfkd.card.reading import count, section, text, value
+from hfkd.card.teaching import demonstrations
 from hfkd.card.words import base_id, is_adapter, is_part, origin
 
+_TRUST = ", trust_remote_code=True"
+_CODE = "# trust_remote_code runs Python that comes with the model: read it before you do.\n"
+_QUIET = (("hub.push", False), ("training.push_to_hub", False), ("training.run_policy", "refuse"))
+_QUIET += (("training.report_to", "none"), ("training.resume_from_checkpoint", None))
+_PINNED = (
+    ("student", "student", "model"),
+    ("teacher", "teacher", "model"),
+    ("data.train", "train", "path"),
+    ("evaluation", "evaluation", "path"),
+)
 _WHERE = 'where = "."  # this folder, or its id on the hub\n'
 _BASE = "THE-BASE-MODEL"
 
@@ -18,26 +29,33 @@ _BASE = "THE-BASE-MODEL"
 def loading_code(run: Mapping[str, Any]) -> Markdown:
     """Loading as it was saved: the whole model, or an adapter on the very base that it was trained on."""
     imports = "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-    model = "model = AutoModelForCausalLM.from_pretrained(where)"
+    trust = _trust(run)
+    model = f"model = AutoModelForCausalLM.from_pretrained(where{trust})"
     if is_adapter(run):
         imports = f"from peft import PeftModel\n{imports}"
         imports = f"from pathlib import Path\n\n{imports}" if is_part(run) else imports
         model = f"{_base(run)}\nmodel = PeftModel.from_pretrained(base, where)"
-    tokenizer = "tokenizer = AutoTokenizer.from_pretrained(where)"
-    return block(f"{imports}\n{_WHERE}{tokenizer}\n{model}", "python")
+    tokenizer = f"tokenizer = AutoTokenizer.from_pretrained(where{trust})"
+    return block(f"{imports}\n{_CODE if trust else ''}{_WHERE}{tokenizer}\n{model}", "python")
+
+
+def _trust(run: Mapping[str, Any]) -> str:
+    """What models with code of their own can't be loaded without."""
+    return _TRUST if section(run, "recipe.student").get("trust_remote_code") is True else ""
 
 
 def _base(run: Mapping[str, Any]) -> str:
     if is_part(run):
         return (
             'beside = Path(where, "base")  # on the hub it is a repository of its own\n'
-            'base = AutoModelForCausalLM.from_pretrained(beside if beside.is_dir() else f"{where}-base")'
+            'base = AutoModelForCausalLM.from_pretrained(beside if beside.is_dir() else f"{where}-base"'
+            f"{_trust(run)})"
         )
     name = one_line(base_id(run) or origin(run) or _BASE)
     revision = text(run, "origins.student.revision") or text(run, "recipe.student.revision")
     pinned = f", revision={_quoted(revision)}" if revision and base_id(run) else ""
     local = "" if base_id(run) else "  # a folder of the machine that trained it"
-    return f"base = AutoModelForCausalLM.from_pretrained({_quoted(name)}{pinned}){local}"
+    return f"base = AutoModelForCausalLM.from_pretrained({_quoted(name)}{pinned}{_trust(run)}){local}"
 
 
 def loading_words(run: Mapping[str, Any]) -> Markdown:
@@ -66,9 +84,26 @@ def merging_code(run: Mapping[str, Any]) -> Markdown:
         "merged = model.merge_and_unload()",
         'merged.save_pretrained("merged")',
         'tokenizer.save_pretrained("merged")',
-        'model = AutoModelForCausalLM.from_pretrained("merged")',
+        f'model = AutoModelForCausalLM.from_pretrained("merged"{_trust(run)})',
     )
     return block("\n".join(lines), "python")
+
+
+def asking_words(run: Mapping[str, Any]) -> str:
+    """In which form it is asked: a student that never saw a question alone is asked with worked examples."""
+    if not (shown := _always_shown(run)):
+        return "Asked in the form that it was trained on:"
+    return (
+        f"Asked in the form that it was trained on, with {demonstrations(shown)} before the question; put worked "
+        "examples of your own there:"
+    )
+
+
+def _always_shown(run: Mapping[str, Any]) -> int:
+    """The fewest demonstrations that the student ever read."""
+    shots = value(run, "recipe.data.student_shots")
+    numbers = [one for one in shots if isinstance(one, int)] if isinstance(shots, list) else []
+    return max(0, min(numbers, default=0))
 
 
 def asking_code(run: Mapping[str, Any]) -> Markdown:
@@ -77,18 +112,9 @@ def asking_code(run: Mapping[str, Any]) -> Markdown:
     if not style or style.get("builder"):
         return Markdown("")
     longest = count(run, "recipe.evaluation.max_new_tokens") or count(run, "recipe.data.generation.max_new_tokens", 32)
-    if text(style, "style") == "chat":
-        system = text(style, "system")
-        first = f'{{"role": "system", "content": {_quoted(system)}}}, ' if system else ""
-        ask = (
-            f'messages = [{first}{{"role": "user", "content": "YOUR QUESTION"}}]\n'
-            "inputs = tokenizer.apply_chat_template("
-            'messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)'
-        )
-    else:
-        question = _quoted(text(style, "question", "{prompt}"))
-        ask = f'prompt = {question}.replace("{{prompt}}", "YOUR QUESTION")\n'
-        ask += 'inputs = tokenizer(prompt, return_tensors="pt")'
+    shown = min(_always_shown(run), 1000)
+    examples = f'shown = [("A QUESTION", "ITS ANSWER")] * {shown}\n' if shown else ""
+    ask = examples + (_chat if text(style, "style") == "chat" else _text)(style, bool(shown))
     stops = value(style, "stop")
     stop = json.dumps(stops) if isinstance(stops, list) and stops and text(style, "style") != "chat" else ""
     rest = f", stop_strings={stop}, tokenizer=tokenizer" if stop else ""
@@ -97,6 +123,37 @@ def asking_code(run: Mapping[str, Any]) -> Markdown:
         'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))'
     )
     return block(f"{ask}\n{answer}", "python")
+
+
+def _chat(style: Mapping[str, Any], shown: bool) -> str:
+    """The messages."""
+    system = text(style, "system")
+    first = f'{{"role": "system", "content": {_quoted(system)}}}, ' if system else ""
+    if shown:
+        first += (
+            '*({"role": role, "content": said} for pair in shown for role, said in zip(("user", "assistant"), pair)), '
+        )
+    return (
+        f'messages = [{first}{{"role": "user", "content": "YOUR QUESTION"}}]\n'
+        "inputs = tokenizer.apply_chat_template("
+        'messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)'
+    )
+
+
+def _text(style: Mapping[str, Any], shown: bool) -> str:
+    """The prompt by its templates."""
+    question, answer = _quoted(text(style, "question", "{prompt}")), _quoted(text(style, "answer", "{completion}"))
+    system = text(style, "system")
+    prompt = f'{question}.replace("{{prompt}}", "YOUR QUESTION")'
+    if shown:
+        between = style.get("separator")
+        ends = f" + {_quoted(between)}" if isinstance(between, str) and between else ""
+        prompt = (
+            f'"".join(\n    {question}.replace("{{prompt}}", asked) + {answer}.replace("{{completion}}", said){ends}\n'
+            f"    for asked, said in shown\n) + {prompt}"
+        )
+    before = _quoted(f"{system}\n\n") + " + " if system else ""
+    return f'prompt = {before}{prompt}\ninputs = tokenizer(prompt, return_tensors="pt")'
 
 
 def reproducing(run: Mapping[str, Any], files: Collection[str]) -> Markdown:
@@ -111,9 +168,29 @@ def reproducing(run: Mapping[str, Any], files: Collection[str]) -> Markdown:
             "folder in which the run was started; there:"
         )
         folder = one_line(text(run, "recipe.training.output_dir", "THE-OUTPUT-FOLDER"))
-        again = f"hfkd train {shell_word(folder.rstrip('/') + '/recipe.yaml')} training.output_dir=outputs/again"
+        asked = ["training.output_dir=outputs/again", *_quietly(run)]
+        again = " ".join(shell_word(one) for one in ("hfkd", "train", folder.rstrip("/") + "/recipe.yaml", *asked))
         parts.append(block(again, "sh"))
     return Markdown("\n\n".join(parts) or "The recipe isn't recorded, so it can't be made again from this.")
+
+
+def _quietly(run: Mapping[str, Any]) -> list[str]:
+    """What keeps a second run from publishing over the first one, from joining another, and from telling a tracker;
+    and the revisions that were taken of the hub, where the recipe names none.
+    """
+    changes = []
+    for key, wanted in _QUIET:
+        found = value(run, f"recipe.{key}")
+        if found is not None and found != wanted:
+            changes.append(f"{key}={json.dumps(wanted) if not isinstance(wanted, str) else wanted}")
+    for key, part, name_key in _PINNED:
+        known, asked = section(run, f"origins.{part}"), section(run, f"recipe.{key}")
+        revision = text(known, "revision")
+        name = text(asked, name_key) or text(asked, "init.from")
+        same = text(known, "source") == "hub" and text(known, "id") == name
+        if re.fullmatch(r"[\w./-]+", revision) and same and revision != text(asked, "revision"):
+            changes.append(f"{key}.revision={revision}")
+    return changes
 
 
 def shell_word(part: str) -> str:

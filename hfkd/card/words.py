@@ -6,15 +6,22 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from hfkd.card.markdown import Markdown, code, code_cell, joined, plain, table
+from hfkd.card.course import steps_words
+from hfkd.card.markdown import Markdown, code, code_cell, joined, table
 from hfkd.card.reading import count, entries, number, section, text, value
 
-_WEIGHTS = {
-    "adapter_off": "the student's own weights with the adapter switched off",
-    "frozen_copy": "a frozen copy of the student as it was before training",
-    "live": "the student's own weights as they were at each step",
+_ROLES = {
+    "student": "student (base model)",
+    "teacher": "teacher",
+    "train": "training rows",
+    "demonstrations": "demonstrations",
+    "evaluation": "evaluation items",
 }
-_ROLES = {"student": "student (base model)", "teacher": "teacher", "train": "training rows"}
+_ROWS = {
+    "train": "recipe.data.train",
+    "demonstrations": "recipe.data.demonstrations",
+    "evaluation": "recipe.evaluation",
+}
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -108,65 +115,16 @@ def _parameters(run: Mapping[str, Any]) -> str:
 def _length(run: Mapping[str, Any], report: Mapping[str, Any]) -> str:
     history, training = entries(report, "loss_history"), section(run, "recipe.training")
     losses = [one for one in (number(entry, "loss") for entry in history) if one is not None]
-    steps = count(history[-1], "step") if history else 0
-    steps = steps or count(training, "max_steps")
-    words = [f"{steps} optimizer steps" if steps > 0 else "How many steps were made isn't recorded"]
-    if batch := count(training, "per_device_train_batch_size"):
-        batch *= max(1, count(training, "gradient_accumulation_steps", 1)) * count(run, "hardware.processes", 1)
-        words.append(f"of {batch} examples")
-    if rate := number(training, "learning_rate"):
-        words.append(f"at a learning rate of {rate:g}")
-    sentence = " ".join(words)
+    steps = steps_words(run, report)
+    words = [f"{steps[0].upper()}{steps[1:]}" if steps else "How many steps were made isn't recorded"]
+    batch, rate = count(training, "per_device_train_batch_size"), number(training, "learning_rate")
+    batch *= max(1, count(training, "gradient_accumulation_steps", 1)) * count(run, "hardware.processes", 1)
+    each = [f"{batch} examples a step"] if batch else []
+    each += [f"a learning rate of {rate:g}"] if rate else []
+    words += [" at ".join(each)] if each else []
     if losses:
-        sentence += f"; the logged loss went from {losses[0]:.4g} to {losses[-1]:.4g} nats per token"
-    return sentence + "."
-
-
-def teacher_words(run: Mapping[str, Any]) -> Markdown:
-    """Who the teacher was, and what it read."""
-    recipe = section(run, "recipe")
-    teacher = section(recipe, "teacher")
-    kind = text(teacher, "kind")
-    if not kind:
-        return Markdown("Who the teacher was isn't recorded.")
-    if kind == "none":
-        return Markdown("There was no teacher: the student learned from the answers alone.")
-    cached = ", read from a cache of what it says" if teacher.get("cache") else ""
-    plural = kind in ("mixture", "routed")
-    begins = f"The teachers are {_whose(teacher)}; they" if plural else f"The teacher is {_whose(teacher)}{cached}; it"
-    shown = count(recipe, "data.demonstrations.count")
-    return Markdown(f"{begins} read {shown} demonstrations before each question.")
-
-
-def _whose(teacher: Mapping[str, Any]) -> Markdown:
-    """Whose weights teach."""
-    kind = text(teacher, "kind", "unknown")
-    if members := section(teacher, "members"):
-        named = ", ".join(f"{plain(name)} ({_whose(section(members, name))})" for name in members)
-        how = "by the column of each row" if kind == "routed" else "mixed by their weights"
-        return Markdown(f"{named}, {how}")
-    if kind == "self":
-        return plain(_WEIGHTS.get(text(teacher, "weights"), "the student itself"))
-    if kind == "ema":
-        interval = count(teacher, "interval", 1)
-        often = "step" if interval == 1 else f"{interval} steps"
-        decay = number(teacher, "decay")
-        return plain(f"a moving average of the student's weights (decay {decay} every {often})")
-    if kind == "snapshot":
-        every = value(teacher, "every")
-        when = "at the end of the epoch before" if every == "epoch" else f"up to {every} steps before"
-        return plain(f"the student as it was {when}")
-    revision = text(teacher, "revision")
-    return Markdown(code(text(teacher, "model") or kind) + (f" at revision {code(revision)}" if revision else ""))
-
-
-def shots_words(run: Mapping[str, Any]) -> str:
-    """What the student read."""
-    shots = value(run, "recipe.data.student_shots")
-    if not isinstance(shots, list) or not shots:
-        return ""
-    drawn = ", drawn anew at each visit of an example" if len(shots) > 1 else ""
-    return f"The student read {' or '.join(map(str, shots))} demonstrations{drawn}."
+        words.append(f"the logged loss went from {losses[0]:.4g} to {losses[-1]:.4g} nats per token")
+    return "; ".join(words) + "."
 
 
 def answers_words(run: Mapping[str, Any]) -> str:
@@ -220,13 +178,23 @@ def origins_table(run: Mapping[str, Any]) -> Markdown:
 
 def origins_of(run: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     """The origins by their role; those that an older record doesn't have are what its recipe asked for."""
-    known, found = section(run, "origins"), []
-    for key, role in _ROLES.items():
-        several = {name: section(known.get(name)) for name in known if str(name).startswith(f"{key}.")}
-        named = several or {key: section(known.get(key)) or _asked_for(run, key)}
-        if key == "teacher" and not known.get(key) and not several:
-            named = {f"teacher.{name}": one for name, one in _members(run).items()} or named
-        found += [(f"{role}{name[len(key) :].replace('.', ' ', 1)}", one) for name, one in named.items()]
+    return [(role, one) for key, role in _ROLES.items() for role, one in _origins_as(run, key, role)]
+
+
+def ingredients_of(run: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """The origins of what the model was made of: all but those of the items that it was only asked."""
+    return [
+        (role, one) for key, role in _ROLES.items() if key != "evaluation" for role, one in _origins_as(run, key, role)
+    ]
+
+
+def _origins_as(run: Mapping[str, Any], key: str, role: str) -> list[tuple[str, Mapping[str, Any]]]:
+    known = section(run, "origins")
+    several = {name: section(known.get(name)) for name in known if str(name).startswith(f"{key}.")}
+    named = several or {key: section(known.get(key)) or _asked_for(run, key)}
+    if key == "teacher" and not known.get(key) and not several:
+        named = {f"teacher.{name}": one for name, one in _members(run).items()} or named
+    found = [(f"{role}{name[len(key) :].replace('.', ' ', 1)}", one) for name, one in named.items()]
     return [(role, one) for role, one in found if text(one, "id")]
 
 
@@ -244,9 +212,9 @@ def _asked_for(run: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     if key == "student":
         source = text(run, "student.source") or None
         return {"id": origin(run), "source": source, "revision": value(run, "recipe.student.revision")}
-    if key == "train":
-        train = section(run, "recipe.data.train")
-        return {"id": text(train, "path"), "revision": value(train, "revision")}
+    if key in _ROWS:
+        rows = section(run, _ROWS[key])
+        return {"id": text(rows, "path"), "revision": value(rows, "revision")}
     return _named(section(run, "recipe.teacher"))
 
 

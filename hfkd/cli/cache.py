@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,15 +50,15 @@ def cache(
 
         from hfkd.cache import make_codec
         from hfkd.cli.quiet import quiet_libraries
-        from hfkd.hub import check_repo_id, push_cache
+        from hfkd.hub import check_cache_push, push_cache
         from hfkd.run.caching import build_cache
 
         quiet_libraries()
-        if push is not None:
-            check_repo_id(push)  # before hours of building
+        if push is not None and _is_first():
+            check_cache_push(push, private=not public)  # before hours of building
         made = make_codec(codec, **settings)
         build_cache(loaded, out, made, temperature=temperature, batch_size=batch_size, overwrite=overwrite)
-        if push is not None and _first_process():
+        if push is not None and _is_first():
             push_cache(out, push, private=not public, say=typer.echo)
 
 
@@ -74,7 +75,6 @@ def _settings(codec: str, given: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _first_process() -> bool:
-    from accelerate import PartialState
-
-    return PartialState().is_main_process
+def _is_first() -> bool:
+    """Whether this process is the first of those that were started together; asks no device for it."""
+    return os.environ.get("RANK", "0") == "0"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +28,8 @@ def check(
     """Look at RECIPE before it is run: data, tokens, memory, what there is to learn, time. Exit code 1 on errors."""
     with user_errors(traceback):
         loaded = read_recipe(recipe, overrides)
+        if json is not None:
+            _check_file(json)  # now, and not after minutes of checks
 
         from hfkd.cli.quiet import quiet_libraries
         from hfkd.preflight import check_recipe, exit_code
@@ -39,3 +42,23 @@ def check(
         code = exit_code(findings, strict)
     if code:
         raise typer.Exit(code)
+
+
+def _check_file(path: Path) -> None:
+    """Refuse a file for the findings that can't be written.
+
+    Raises:
+        OSError: It is a folder, or the one that it would lie in can't be written into.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"--json: {path} is a folder; expected a file to write the findings to")
+    nearest = path.absolute().parent
+    while not nearest.exists():
+        nearest = nearest.parent
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"--json: {path} can't be written ({error.strerror or error}); give a file in a folder of yours"
+        ) from error

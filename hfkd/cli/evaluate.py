@@ -38,6 +38,9 @@ def evaluate(
     lm_eval_include: Annotated[
         Path | None, typer.Option("--lm-eval-include", help="A folder with tasks of your own, as YAML.")
     ] = None,
+    as_found: Annotated[
+        bool, typer.Option("--as-found", help="Of a RUN: take rows and model that are here, though it had others.")
+    ] = False,
     json: Annotated[
         Path | None, typer.Option("--json", help="Write each result here at once; what is here isn't run again.")
     ] = None,
@@ -50,6 +53,7 @@ def evaluate(
 
         from hfkd.cli.quiet import quiet_libraries
         from hfkd.run.evaluation import evaluate_recipe
+        from hfkd.run.provenance import chosen_by
 
         quiet_libraries()
         evaluate_recipe(
@@ -60,6 +64,7 @@ def evaluate(
             fidelity=fidelity,
             harness=_harness(lm_eval, lm_eval_limit, lm_eval_shots, lm_eval_include),
             json_path=json,
+            chosen=chosen_by(overrides or (), everything=as_found),
         )
 
 

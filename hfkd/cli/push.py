@@ -18,6 +18,9 @@ def push(
     base: Annotated[
         str | None, typer.Option("--base", help="The hub's id of the adapter's base, where that is a folder here.")
     ] = None,
+    base_repo: Annotated[
+        str | None, typer.Option("--base-repo", help="owner/name for a base that was cut out (REPO_ID-base).")
+    ] = None,
     cache: Annotated[
         Path | None, typer.Option("--cache", help="Also send this teacher's cache, as a data set.")
     ] = None,
@@ -46,6 +49,7 @@ def push(
             private=not public,
             merged=merged,
             base=base,
+            base_repo=base_repo,
             cache=cache,
             cache_repo=cache_repo,
             dry_run=dry_run,

@@ -46,7 +46,7 @@ def canary_exposure(
         What `hfkd.eval.measures.exposure` returns, and `log_perplexity`, that of the canary (nats).
 
     Raises:
-        ValueError: There are no other candidates, or a text has no token.
+        ValueError: There are no other candidates, a text has no token, or the model's outputs aren't numbers.
     """
     texts = list(dict.fromkeys([canary, *candidates]))
     if len(texts) < 2:

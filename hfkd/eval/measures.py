@@ -28,6 +28,9 @@ POSITIONS = 32
 RESAMPLES = 1000
 """Draws of a bootstrap."""
 
+FEWEST = 10
+"""Texts that an interval needs at least."""
+
 # --- one number for each token
 
 
@@ -146,7 +149,7 @@ def bootstrap(
         level: The share of the draws that lies inside.
 
     Returns:
-        The lower and the upper end. Of one text both are the value itself.
+        The lower and the upper end. Of texts that are all alike both are the value itself; see `interval`.
     """
     parts, wholes = np.asarray(parts, dtype=float), np.asarray(wholes, dtype=float)
     draw, texts, ratios = np.random.default_rng(seed), len(parts), []
@@ -156,6 +159,22 @@ def bootstrap(
     edge = (1.0 - level) / 2
     low, high = np.quantile(np.concatenate(ratios)[:resamples], [edge, 1.0 - edge])
     return float(low), float(high)
+
+
+def interval(parts: ArrayLike, wholes: ArrayLike, *, resamples: int = RESAMPLES, seed: int = 0) -> list[float] | None:
+    """The 95 % interval of `bootstrap`, or None where drawing the texts anew can't tell how far a figure may move: of
+    fewer than `FEWEST` texts, and where all texts are alike, so that the interval would have no width.
+
+    Args:
+        parts: [T] the sum of each text.
+        wholes: [T] what it is divided by.
+        resamples: How often to draw.
+        seed: Of the draws.
+    """
+    if len(np.asarray(parts)) < FEWEST:
+        return None
+    low, high = bootstrap(parts, wholes, resamples=resamples, seed=seed)
+    return None if math.isclose(low, high, rel_tol=1e-9, abs_tol=1e-12) else [low, high]
 
 
 def position_ranges(longest: int, limit: int = POSITIONS) -> NDArray[np.int64]:
@@ -251,8 +270,8 @@ def forgetting(after: ArrayLike, before: ArrayLike, *, resamples: int = RESAMPLE
         seed: Of the draws.
 
     Returns:
-        The means `before` and `after`, `change`, its 95 % `change_interval`, and how many items fell (`lost`) and rose
-        (`gained`), of `items`.
+        The means `before` and `after`, `change`, its 95 % `change_interval` (None where `interval` gives none), and
+        how many items fell (`lost`) and rose (`gained`), of `items`.
     """
     after, before = np.asarray(after, dtype=float), np.asarray(before, dtype=float)
     change = after - before
@@ -261,7 +280,7 @@ def forgetting(after: ArrayLike, before: ArrayLike, *, resamples: int = RESAMPLE
         "before": float(before.mean()),
         "after": float(after.mean()),
         "change": float(change.mean()),
-        "change_interval": list(bootstrap(change, np.ones_like(change), resamples=resamples, seed=seed)),
+        "change_interval": interval(change, np.ones_like(change), resamples=resamples, seed=seed),
         "lost": int((change < 0).sum()),
         "gained": int((change > 0).sum()),
     }
@@ -271,7 +290,7 @@ def exposure(log_perplexities: ArrayLike, inserted: ArrayLike) -> dict[str, Any]
     """How far a canary stands out among the texts that could have been inserted in its place (Carlini et al., 2019).
 
     The rank is 1 + how many candidates the model finds likelier + half of those that it finds as likely, so that a
-    model that tells none apart exposes nothing.
+    model that tells none apart puts a canary in the middle: about 1 bit, a little less among few candidates.
 
     Args:
         log_perplexities: [R] how surprising each candidate is (nats); the canary is one of them.
@@ -281,8 +300,16 @@ def exposure(log_perplexities: ArrayLike, inserted: ArrayLike) -> dict[str, Any]
         `exposure` (bits): log2 of the candidates minus log2 of the rank, the mean where several were inserted;
         `largest` (bits) and `rank` of the one that stands out most; `candidates`, and `maximum` (bits), what a canary
         that is likelier than all others has.
+
+    Raises:
+        ValueError: A candidate has no finite log-perplexity; nothing could be ranked against it.
     """
     values, marks = np.asarray(log_perplexities, dtype=float), np.asarray(inserted, dtype=bool)
+    if wrong := int((~np.isfinite(values)).sum()):
+        raise ValueError(
+            f"{wrong} of {len(values)} candidates have no finite log-perplexity, so there is no rank and no exposure: "
+            "a model's outputs aren't numbers. Look at its weights, and at the precision it runs in."
+        )
     ordered, canaries = np.sort(values), values[marks]
     likelier = np.searchsorted(ordered, canaries, side="left")
     alike = np.searchsorted(ordered, canaries, side="right") - likelier - 1

@@ -15,7 +15,7 @@ from typing import Any
 from hfkd.data.messages import Row, prompt_key
 from hfkd.eval.k_shot import KShotReport, gold_answer
 from hfkd.files import write_whole
-from hfkd.masking import shareable_text
+from hfkd.masking import shareable
 
 PREDICTIONS_NAME = "predictions.jsonl"
 _KINDS = {"task": str, "stage": str, "shots": int, "item": str, "gold": str, "prediction": str, "text": str}
@@ -43,7 +43,7 @@ def prediction_lines(task: str, stage: str, report: KShotReport, items: Sequence
     Raises:
         ValueError: The report is of another number of items, or has no texts.
     """
-    items, name = list(items), shareable_text(task)
+    items, name = list(items), shareable(task)  # as the report of a run has it
     asked = [(item_hash(row), gold_answer(row)) for row in items]
     lines = []
     for shots, result in report.results.items():

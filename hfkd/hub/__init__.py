@@ -3,7 +3,7 @@
 Nothing is uploaded that isn't on the list in `hfkd.uploads`, and nothing before all of it has been gone over.
 """
 
-from hfkd.hub.caches import dataset_card, push_cache
+from hfkd.hub.caches import check_cache_push, dataset_card, push_cache
 from hfkd.hub.pushing import Push, check_push, plan_push, push
 from hfkd.uploads import HubError, Sent, Target, Upload, check_repo_id
 
@@ -13,6 +13,7 @@ __all__ = [
     "Sent",
     "Target",
     "Upload",
+    "check_cache_push",
     "check_push",
     "check_repo_id",
     "dataset_card",

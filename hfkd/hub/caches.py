@@ -8,19 +8,23 @@ from typing import Any
 
 from hfkd.cache import CacheError, Manifest
 from hfkd.cache.format import HEAD_NAME, MANIFEST_NAME
-from hfkd.uploads import Sent, Target, Upload, collect, send
+from hfkd.card import is_untouched
+from hfkd.card.marker import marked
+from hfkd.uploads import Sent, Target, Upload, check, collect, masked_text, send
 
 ANSWERS_NAME = "teacher_answers.jsonl"
 """What the teacher wrote, with the prompts: without it, the cache of such a teacher serves nobody."""
+_TITLE = "# Cached teacher\n"
 _OWNED = ("part-[0-9][0-9][0-9][0-9][0-9]*.parquet", HEAD_NAME, ANSWERS_NAME)
 
 
-def cache_target(folder: str | Path, repo_id: str) -> Target:
+def cache_target(folder: str | Path, repo_id: str, chosen: bool = True) -> Target:
     """What a repository is to hold of a finished cache; nothing is written into the folder.
 
     Args:
         folder: The cache.
         repo_id: owner/name.
+        chosen: Whether a user chose that name; if not, only a repository that holds a cache is written to.
 
     Raises:
         CacheError: The cache isn't finished, or a part of it is missing.
@@ -33,8 +37,23 @@ def cache_target(folder: str | Path, repo_id: str) -> Target:
     uploads = collect(folder, [*shards, MANIFEST_NAME, HEAD_NAME, ANSWERS_NAME])
     if missing := sorted(set(shards) - {one.path for one in uploads}):
         raise CacheError(f"{folder} lacks {missing[0]}; run `hfkd cache` again before --push.")
-    card = Upload("README.md", dataset_card(manifest).encode())
-    return Target(repo_id, [card, *uploads], kind="dataset", owned=_OWNED)
+    card = Upload("README.md", marked(masked_text(dataset_card(manifest)).rstrip("\n")).encode())
+    whose = {} if chosen else {"mark": _TITLE, "option": "--cache-repo OWNER/NAME"}
+    return Target(repo_id, [card, *uploads], kind="dataset", owned=_OWNED, is_made=is_untouched, **whose)
+
+
+def check_cache_push(repo_id: str, private: bool = True) -> None:
+    """Find out before hours of building whether `push_cache` could work: the name, the token, who can read it.
+
+    Args:
+        repo_id: As in `push_cache`.
+        private: As in `push_cache`.
+
+    Raises:
+        ValueError: As in `push_cache`.
+        HubError: As in `push_cache`.
+    """
+    check([Target(repo_id, kind="dataset")], private=private)
 
 
 def push_cache(
@@ -82,9 +101,7 @@ def dataset_card(manifest: Manifest) -> str:
         "are found by the hash of a text's tokens (`row_hash`); the texts themselves are not here. `manifest.json` "
         "says what the cache was made of, and a run that expects something else is refused."
     )
-    return "\n".join(
-        [*head, "- distillation", "---", "", "# Cached teacher", "", text, "", "| | |", "|---|---|", *lines, ""]
-    )
+    return "\n".join([*head, "- distillation", "---", "", _TITLE, text, "", "| | |", "|---|---|", *lines, ""])
 
 
 def _cell(value: Any) -> str:

@@ -7,18 +7,20 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from hfkd.cache.folder import size_in_words
+from hfkd.card import build_card, is_untouched, read_run
+from hfkd.card.marker import marked
 from hfkd.hub.caches import cache_target
 from hfkd.hub.merging import write_merged
 from hfkd.uploads import (
     ADAPTER_CONFIG,
+    BASE,
     INDEX,
     RUN,
     TOKENIZER,
@@ -28,11 +30,13 @@ from hfkd.uploads import (
     Target,
     Upload,
     adapter_config_for,
+    base_target,
     check,
     check_repo_id,
     collect,
     find_base,
     masked_text,
+    owned_by,
     send,
 )
 
@@ -40,6 +44,9 @@ CARD = "README.md"
 _ADAPTER = "adapter_model.safetensors"
 _WHOLE = tuple(name for name in WEIGHTS if not name.startswith("adapter_"))
 _RECORDS = tuple(name for name in RUN if name != CARD)
+# The pictures that a run leaves under one name, whatever was measured; others in that folder may be a person's.
+_PICTURES = tuple(f"plots/{name}.png" for name in ("loss", "accuracy", "reliability", "agreement"))
+_MARK = "\n<!-- hfkd card sha256:"
 _SHOWN = 12
 
 
@@ -65,6 +72,7 @@ def push(
     private: bool = True,
     merged: bool = False,
     base: str | None = None,
+    base_repo: str | None = None,
     cache: str | Path | None = None,
     cache_repo: str | None = None,
     dry_run: bool = False,
@@ -74,7 +82,8 @@ def push(
     console: Console | None = None,
 ) -> Push:
     """Send a run's weights, tokenizer, card, records and pictures to the hub, in one commit; its cache too, if asked;
-    and a base that was cut out of a larger model, into a repository with `-base` behind the name.
+    and a base that was cut out of a larger model, into a repository with `-base` behind the name. A card that a person
+    wrote on the hub isn't replaced by one that was made here.
 
     Args:
         folder: Of a run; it isn't changed.
@@ -82,6 +91,7 @@ def push(
         private: Whether repositories that are made are private; one that is public already is refused.
         merged: Send the adapter and its base as one whole model.
         base: The id on the hub of the model under the adapter, where `adapter_config.json` names a folder.
+        base_repo: The owner/name for a base that was cut out; None adds `-base` to `repo_id`.
         cache: The folder of a teacher's cache, to send as a data set.
         cache_repo: The data set's owner/name; None adds `-cache` to `repo_id`.
         dry_run: Say what would be sent, and ask the network nothing.
@@ -91,19 +101,19 @@ def push(
         console: Where it prints; None prints to the terminal.
 
     Raises:
-        ValueError: A name can't be one, there are no weights, a file holds what may not be uploaded, or the repository
-            is public and `private` is on.
+        ValueError: A name can't be one, there are no weights, a file holds what may not be uploaded, the repository is
+            public and `private` is on, or one whose name was made up here (`-base`, `-cache`) holds something else.
         OSError: A file can't be read; or, as a `HubError`, the hub or the network refuses.
     """
     folder, console = Path(folder), console or Console()
-    cache_repo = cache_repo or (f"{repo_id}-cache" if cache is not None else None)
-    for name in filter(None, (repo_id, cache_repo, base)):
+    for name in filter(None, (repo_id, cache_repo, base, base_repo)):
         check_repo_id(name)
     if merged and not dry_run:
         check([Target(repo_id)], private=private, token=token)  # merging takes a while
-    with tempfile.TemporaryDirectory() as scratch, _plan(folder, repo_id, merged, base, Path(scratch)) as plan:
+    with tempfile.TemporaryDirectory() as scratch:
+        plan = _plan(folder, repo_id, merged, Path(scratch), base, base_repo, revision)
         if cache is not None:
-            plan.targets.append(cache_target(cache, cache_repo))
+            plan.targets.append(cache_target(cache, cache_repo or f"{repo_id}-cache", chosen=cache_repo is not None))
         for line in plan_lines(plan, folder, private, dry_run):
             _say(console, line)
         if not dry_run:
@@ -114,11 +124,12 @@ def push(
     return plan
 
 
-def check_push(repo_id: str, *, private: bool = True, token: str | None = None) -> None:
+def check_push(repo_id: str, *, private: bool = True, token: str | None = None, with_base: bool = False) -> None:
     """Find out before hours of training whether a push at their end could work: the name, the token, who can read it.
 
     Args:
         repo_id: As in `push`.
+        with_base: Whether a base that is cut out will go along.
         private: As in `push`.
         token: As in `push`.
 
@@ -126,7 +137,8 @@ def check_push(repo_id: str, *, private: bool = True, token: str | None = None) 
         ValueError: As in `push`.
         OSError: As in `push`.
     """
-    check([Target(repo_id)], private=private, token=token)
+    targets = [base_target(repo_id), Target(repo_id)] if with_base else [Target(repo_id)]
+    check(targets, private=private, token=token)
 
 
 def plan_push(
@@ -151,8 +163,7 @@ def plan_push(
     """
     if merged and scratch is None:
         raise ValueError("plan_push: merged is on and scratch is None; give an empty folder for the merged weights.")
-    with _plan(Path(folder), repo_id, merged, base, scratch or Path()) as plan:
-        return list(plan.targets[-1].uploads)
+    return list(_plan(Path(folder), repo_id, merged, scratch or Path(), base).targets[-1].uploads)
 
 
 def plan_lines(plan: Push, folder: Path, private: bool, dry_run: bool) -> list[str]:
@@ -183,12 +194,21 @@ def plan_lines(plan: Push, folder: Path, private: bool, dry_run: bool) -> list[s
     return lines
 
 
-@contextmanager
-def _plan(folder: Path, repo_id: str, merged: bool, base: str | None, scratch: Path) -> Iterator[Push]:
-    """The model's repository, last, and that of its base before it."""
+def _plan(
+    folder: Path,
+    repo_id: str,
+    merged: bool,
+    scratch: Path,
+    base: str | None = None,
+    base_repo: str | None = None,
+    revision: str | None = None,
+) -> Push:
+    """The model's repository, last, and that of its base before it; merged weights stay in `scratch`."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder; expected that of a run.")
     run, adapter = _read_run(folder), _is_adapter(folder)
+    if merged or not adapter:
+        _refuse_names(base, base_repo)
     notes = _notes(folder, run)
     targets: list[Target] = []
     if merged and adapter:
@@ -197,21 +217,29 @@ def _plan(folder: Path, repo_id: str, merged: bool, base: str | None, scratch: P
     elif merged:
         raise ValueError(f"{folder} holds a whole model, so there is nothing to merge; leave --merged out.")
     elif adapter:
-        weights = _adapter_files(folder, find_base(folder, repo_id, run, base), targets)
+        below = find_base(folder, repo_id, run, base, base_repo, finish=_marked)
+        targets += [replace(below.target, is_made=is_untouched)] if below.target else []
+        weights = _adapter_files(folder, below, revision)
     else:
         weights = collect(folder, _WHOLE)
-    if base is not None and (merged or not adapter):
-        raise ValueError("--base names the model under an adapter, and none is uploaded; leave it out.")
-    card, said = _card(folder, merged)
+    if not any(one.path.endswith(".safetensors") for one in weights):
+        raise ValueError(f"{folder}: {INDEX} names no weights, so nothing was uploaded. Write the weights anew.")
+    if base_repo is not None:
+        notes.append(f"the card speaks of {repo_id}-base, and adapter_config.json rightly of {base_repo}.")
+    card, said = _card(folder, merged, base)
     files = [card, *weights, *collect(folder, TOKENIZER), *collect(folder, _RECORDS)]
-    targets.append(Target(repo_id, files, owned=(*WEIGHTS, "plots/*.png")))
-    yield Push(targets, notes=notes + said)
+    targets.append(Target(repo_id, files, owned=(*owned_by(files), *_PICTURES), is_made=is_untouched))
+    return Push(targets, notes=notes + said)
 
 
-def _adapter_files(folder: Path, base: Base, targets: list[Target]) -> list[Upload]:
-    if base.target is not None:
-        targets.append(base.target)
-    config = adapter_config_for(folder, base)
+def _refuse_names(base: str | None, base_repo: str | None) -> None:
+    for option, name in (("--base", base), ("--base-repo", base_repo)):
+        if name is not None:
+            raise ValueError(f"{option} names the model under an adapter, and none is uploaded; leave it out.")
+
+
+def _adapter_files(folder: Path, base: Base, revision: str | None) -> list[Upload]:
+    config = adapter_config_for(folder, base, revision)
     if isinstance(config.content, Path):
         return collect(folder, (_ADAPTER, ADAPTER_CONFIG))
     return [*collect(folder, (_ADAPTER,)), config]
@@ -238,17 +266,36 @@ def _is_adapter(folder: Path) -> bool:
     return adapter
 
 
-def _card(folder: Path, merged: bool) -> tuple[Upload, list[str]]:
-    """The card that lies there, or one that is made now: of a merged model always, unless somebody wrote in it."""
-    from hfkd.card import card_of_folder, is_untouched
-
+def _card(folder: Path, merged: bool, base: str | None) -> tuple[Upload, list[str]]:
+    """The card that lies there, or one that is made now: of a merged model, and where the base was told just now,
+    always, unless somebody wrote in it.
+    """
     existing = collect(folder, (CARD,))
-    if existing and not (merged and is_untouched((folder / CARD).read_text(encoding="utf-8"))):
-        about = f"{CARD} isn't as hfkd wrote it and stays so; what it says of loading may be of the adapter."
-        return existing[0], [about] if merged else []
-    made, missing = card_of_folder(folder, merged=merged)
-    said = [] if existing else [f"{CARD} isn't there and was made now; {one}." for one in missing]
-    return Upload(CARD, masked_text(made).encode()), said
+    untouched = bool(existing) and is_untouched((folder / CARD).read_text(encoding="utf-8"))
+    anew = merged or base is not None
+    if existing and not (anew and untouched):
+        card, of = existing[0], "the adapter" if merged else "a folder"
+        if untouched and isinstance(card.content, bytes):  # masked
+            card = replace(card, content=_marked(card.content.decode("utf-8")).encode())
+        about = f"{CARD} isn't as hfkd wrote it and stays so; what it says of loading may be of {of}."
+        return card, [about] if anew else []
+    found = read_run(folder)
+    run = found.run if base is None else _on_base(found.run, base)
+    made = build_card(run, found.report, files=found.files, missing=found.missing, merged=merged)
+    said = [] if existing else [f"{CARD} isn't there and was made now; {one}." for one in found.missing]
+    return Upload(CARD, _marked(masked_text(made)).encode()), said
+
+
+def _on_base(run: Mapping[str, Any], base: str) -> dict[str, Any]:
+    """What a run says of itself, with the hub's id for the model that it knew as a folder."""
+    origins = run.get("origins") or {}
+    student = {**(origins.get("student") or {}), "id": base, "source": "hub", "revision": None}
+    return {**run, "origins": {**origins, "student": student}}
+
+
+def _marked(page: str) -> str:
+    """A page with the digest that its last line has, or gets: masking may have changed it."""
+    return marked(page.partition(_MARK)[0].rstrip("\n"))
 
 
 def _notes(folder: Path, run: Mapping[str, Any]) -> list[str]:
@@ -280,8 +327,8 @@ def _read_run(folder: Path) -> dict[str, Any]:
 def _left_behind(plan: Push, folder: Path) -> list[str]:
     """What lies at the top of the run's folder and isn't uploaded."""
     taken = {one.path.split("/")[0] for one in _uploads(plan.targets)}
-    if any(target.repo_id.endswith("-base") for target in plan.targets):
-        taken.add("base")
+    if sum(target.kind == "model" for target in plan.targets) > 1:
+        taken.add(BASE)
     left = [path for path in sorted(folder.iterdir()) if path.name not in taken]
     return [f"{path.name}/" if path.is_dir() else path.name for path in left]
 

@@ -21,6 +21,7 @@ from torch import nn
 from transformers import PrinterCallback, ProgressCallback
 
 from hfkd.compatibility import check_parts, check_second_view
+from hfkd.config import DistillationConfig
 from hfkd.data.messages import prompt_key, text_key
 from hfkd.data.prompts import PromptBuilder
 from hfkd.data.views import teacher_prompts
@@ -59,6 +60,7 @@ _STYLES = {"passed": "bold green", "warning": "bold yellow", "error": "bold red"
 _TRIAL = {
     "save_strategy": "no",
     "eval_strategy": "no",
+    "eval_on_start": False,
     "load_best_model_at_end": False,
     "report_to": "none",
     "disable_tqdm": True,
@@ -100,6 +102,7 @@ class _Preflight:
         self.processes, self.items, self.console = processes, items, console
         self.exam = Examination(console)
         self.run: Run | None = None
+        self.config: DistillationConfig | None = None
         self.parts: bool | None = None
         self.same_tokens: bool | None = None
         self.template: bool | None = None
@@ -107,6 +110,7 @@ class _Preflight:
         self.fits: bool | None = None
         self.models: bool | None = None
         self.student: distillable.Asked | None = None
+        self.teachers: dict[str, distillable.Asked] = {}
         self.unasked = ""
         self.answer_seconds: float | None = None
 
@@ -133,6 +137,7 @@ class _Preflight:
         real = exam.make("settings", lambda: settings_of(recipe))
         if real is None:
             return
+        self.config = real.config
         exam.check("output folder", lambda: _output_folder(recipe, real))
         self.run = exam.make("settings", lambda: settings_of(_trial_of(recipe, self.folder)))
 
@@ -212,7 +217,9 @@ class _Preflight:
 
     def _memory(self) -> None:
         """Bytes by part, before anything is loaded."""
-        known = self.run if self.examples is not None else replace(self.run, train=[])  # else by the limits
+        known = replace(self.run, config=self.config)  # that of the run, its evaluations included
+        if self.examples is None:
+            known = replace(known, train=[])  # by the limits
         room = self.exam.make("memory", lambda: measure_room(known, self.processes), parts=self.parts)
         if isinstance(room, str):
             self.exam.add(Finding("warning", "memory", f"Not estimated: {room}."))
@@ -262,7 +269,8 @@ class _Preflight:
                 yield Finding("pass", distillable.NAME, f"Not asked: {reason}.", {"asked": False})
             return
         student = self.student or distillable.ask_student(run, items)
-        yield from distillable.judge(items, student, distillable.ask_teachers(run, items))
+        self.teachers = distillable.ask_teachers(run, items)
+        yield from distillable.judge(items, student, self.teachers)
 
     def _trial_rows(self) -> list[dict[str, Any]]:
         """Rows for a few micro-steps, answered as in the run, drawn over the whole data."""
@@ -328,9 +336,8 @@ class _Preflight:
     def _duration(self, trainer: DistillationTrainer) -> Iterator[Finding]:
         seconds = duration.time_steps(trainer)
         examples = len(self.examples[0])
-        return duration.estimate_duration(
-            self.run, examples, seconds, self.student, self.answer_seconds, self.processes
-        )
+        asked = {"student": self.student, "teacher": self.teachers.get("teacher")}
+        return duration.estimate_duration(self.run, examples, seconds, asked, self.answer_seconds, self.processes)
 
 
 def _trial_of(recipe: Recipe, folder: Path) -> Recipe:
@@ -346,8 +353,9 @@ def _output_folder(recipe: Recipe, run: Run) -> Iterator[Finding]:
     try:
         check_output_folder(run.output_dir, policy, run.fingerprint, recipe.resolved())
     except OutputFolderError as error:
-        # What is in the way is dealt with on the command line, not in the recipe.
-        yield Finding("warning" if policy == "refuse" else "error", "output folder", str(error))
+        # A run that is in the way is dealt with on the command line, not in the recipe.
+        in_the_way = policy == "refuse" and run.output_dir.is_dir()
+        yield Finding("warning" if in_the_way else "error", "output folder", str(error))
         return
     yield Finding("pass", "output folder", f"{run.output_dir} can be written into.")
 

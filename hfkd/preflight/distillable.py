@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 NAME = "anything to distil"
 _BATCH = 32
+_BY_CHANCE = 2  # items with the same answer
 
 
 @dataclass(frozen=True)
@@ -235,7 +236,7 @@ def _judge_one(items: Items, student: Asked, teacher: Asked) -> tuple[Any, str]:
             f"{words} The teacher is worse than its student: learning from it takes something away. Give it more or "
             "better demonstrations, or take another teacher."
         )
-    if over_constant.mean <= 0:
+    if over_constant.mean <= 0 and (over_constant.clear or _falls_back(constant)):
         return "error", (
             f"{words} The teacher is no better than always answering {teacher.result.most_frequent_answer!r}: there "
             "is nothing to distil but that answer, and accuracy can rise by learning just that. Give the teacher "
@@ -248,10 +249,17 @@ def _judge_one(items: Items, student: Asked, teacher: Asked) -> tuple[Any, str]:
         doubts.append("the student")
     if doubts:
         return "warning", (
-            f"{words} That the teacher is better than {' and '.join(doubts)} lies within two standard errors: there "
-            "may be little to distil. Ask more items (--items) to know."
+            f"{words} Whether the teacher is better than {' and '.join(doubts)} can't be told, the difference is "
+            "within two standard errors: there may be little to distil. Ask more items (--items) to know."
         )
     return "pass", f"{words} There is something to distil."
+
+
+def _falls_back(constant: Sequence[bool]) -> bool:
+    """Whether a constant answer is one to fall back to. Among answers that occur once or twice the most frequent one is
+    a chance of these items, and says nothing of a teacher that is right as rarely.
+    """
+    return sum(constant) > _BY_CHANCE
 
 
 def constantly_right(items: Items) -> list[bool]:

@@ -1,4 +1,4 @@
-"""The largest micro-batch that a run can meet: its longest texts together. Takes real lengths where there are rows."""
+"""The largest batches that a run can meet: its longest texts together. Takes real lengths where there are rows."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from hfkd.data.collate import DistillationCollator
 from hfkd.data.prompts import PromptBuilder
 from hfkd.data.tokenize import Encoded, answer_start
 from hfkd.data.views import DistillationDataset, Example
+from hfkd.objective import Objective
 from hfkd.run.build import Run
-from hfkd.run.texts import fitting, make_dataset, unanswered, visited_rows
+from hfkd.run.texts import fitting, held_out_views, make_dataset, unanswered, visited_rows
 from hfkd.student import pad_token
 from hfkd.teachers import Teacher
 
@@ -53,8 +54,36 @@ def largest_batch(run: Run, teacher: Teacher | None, device: torch.device) -> La
     if run.builder is None or not run.train:
         return Largest(_by_limits(run, teacher, rows, device), [], measured=False)
     dataset = _examples(replace(run, teacher=teacher))
-    places = _places(len(dataset))
-    examples = [_with_answer(run, dataset[place]) for place in places]
+    examples = [_with_answer(run, dataset[place]) for place in _places(len(dataset))]
+    batch = _longest_together(run, dataset, examples, rows)
+    return Largest(_moved(batch, device), dataset.shared_prefix, measured=True)
+
+
+def held_out_batch(run: Run, teacher: Teacher | None, objective: Objective, device: torch.device) -> Batch | None:
+    """Put the longest held-out texts into one batch, as fidelity and evaluations in training read them.
+
+    Args:
+        run: With its evaluation items and its prompt builder; without them the limits of the recipe are taken.
+        teacher: Who reads them besides the student.
+        objective: What it is asked for.
+        device: Where the batch is to lie.
+
+    Returns:
+        None where no text can be read.
+    """
+    rows = run.config.eval_batch_size
+    if run.builder is None or run.evaluation is None:
+        return _by_limits(run, teacher, rows, device)
+    try:
+        dataset = held_out_views(run, run.evaluation.items, teacher, objective)
+    except ValueError:  # the run goes without, too
+        return None
+    examples = [dataset[place] for place in _places(len(dataset))]
+    return _moved(_longest_together(run, dataset, examples, rows), device) if examples else None
+
+
+def _longest_together(run: Run, dataset: DistillationDataset, examples: Sequence[Example], rows: int) -> Batch:
+    """A batch of the longest of some examples, as wide as others of the data set may be."""
     chosen = sorted(examples, key=_length, reverse=True)[:rows]
     for view in ("student", "teacher"):  # the longest of each view, whichever example it belongs to
         longest = max(examples, key=lambda one: len(one[view]["input_ids"]) if one[view] else 0)
@@ -62,9 +91,9 @@ def largest_batch(run: Run, teacher: Teacher | None, device: torch.device) -> La
             chosen[-1] = longest
     features = [{**one, "index": place} for place, one in enumerate(chosen)]
     batch = Batch.from_inputs(DistillationCollator(pad_token(run.tokenizer))(features))
-    if len(places) < len(dataset) or len(set(dataset.student_shots)) > 1:
+    if len(examples) < len(dataset) or len(set(dataset.student_shots)) > 1:
         batch = _widened(batch, dataset, examples)
-    return Largest(_moved(batch, device), dataset.shared_prefix, measured=True)
+    return batch
 
 
 def _examples(run: Run) -> DistillationDataset:

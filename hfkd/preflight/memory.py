@@ -1,7 +1,8 @@
 """How much memory a run will take at its peak, by part, before anything of it is loaded or trained.
 
 The step is rehearsed without numbers (`hfkd.preflight.rehearsal`): the student's own layers, attention, adapter and
-checkpointing, the teacher, the terms of the loss and the optimizer, on the longest texts of the run. On one process
+checkpointing, the teacher, the terms of the loss and the optimizer, on the longest texts of the run; and before it what is written and
+read without learning. On one process
 this is exact to the tensor; the tests hold it to 15 % of what a process really takes. Not seen is what lies outside
 tensors: kernels' work space, what an allocator keeps back and cuts up (leave a tenth of a CPU's memory and a fifth of
 a GPU's), and libraries.
@@ -10,7 +11,10 @@ An estimate, and no more, are
 
 - shards: weights, gradients and state are divided by the number of processes, and `hfkd.memory.gathered` says what is
   whole for a moment; what communication takes is known for DDP alone (its buckets, as large as the gradients);
-- generation: all rows at their longest, in one pass, without a prefix run once;
+- generation (k-shot of student and teacher, answers to learn from): all rows at their longest, in one pass, without a
+  prefix run once;
+- evaluation (fidelity, and evaluations in training): one batch of the longest held-out texts, read by both models and
+  taken through the terms of the loss;
 - answers that are still to be written: as long as they may be;
 - a loss that looks at numbers: run for real on a few rows, and taken to grow with rows and vocabulary;
 - a model that looks at numbers (some mixtures of experts): `hfkd.memory`'s arithmetic then, for everything.
@@ -28,14 +32,18 @@ from typing import Any
 import torch
 from accelerate.utils import str_to_bool
 from torch import nn
+from transformers.trainer_utils import IntervalStrategy
 
+from hfkd.batch import Batch
 from hfkd.memory import ModelSize, Setup, Sharding, gathered, memory, shares
+from hfkd.objective import Objective, build_objective
 from hfkd.plan import free_bytes, rows_that_fit
 from hfkd.preflight.bare import CannotEstimate, bare_student, bare_teacher, local_members
-from hfkd.preflight.largest import Largest, largest_batch, longest_prompt
-from hfkd.preflight.rehearsal import PARTS, TEACHER_WEIGHTS, Scene, Writing, measured_reader, rehearse
+from hfkd.preflight.largest import Largest, held_out_batch, largest_batch, longest_prompt
+from hfkd.preflight.rehearsal import PARTS, TEACHER_WEIGHTS, Reading, Scene, Writing, measured_reader, rehearse
 from hfkd.rows import base_model_of, head_size
 from hfkd.run.build import Run
+from hfkd.signal import DISTRIBUTION
 from hfkd.states import state_width
 from hfkd.teachers import CachedTeacher, SelfTeacher, Teacher
 
@@ -51,7 +59,7 @@ class Part:
 
     Args:
         name: One of `weights`, `gradients`, `optimizer`, `activations`, `objective`, `teacher`, `prefix cache`,
-            `generation`, `gathered` and `communication`.
+            `generation`, `evaluation`, `gathered` and `communication`.
         bytes: At the moment when all parts together are most.
         most: At any moment.
     """
@@ -97,7 +105,7 @@ class Estimate:
 
 
 def estimate(run: Run, *, processes: int | None = None) -> Estimate:
-    """Say what one process of a run takes at the peak of its training.
+    """Say what one process of a run takes at its peak.
 
     Nothing is trained, and no weights are read: of what the run hasn't loaded only configurations are. Takes seconds,
     and the memory of the ids and masks of one micro-batch.
@@ -105,6 +113,7 @@ def estimate(run: Run, *, processes: int | None = None) -> Estimate:
     Args:
         run: From `hfkd.run.build.settings_of` or `build`. With its rows and its prompt builder the lengths are real
             ones, without them the limits of the recipe.
+            Its config says whether it evaluates while it trains.
         processes: Of the whole run; None takes as many as there are.
 
     Raises:
@@ -132,8 +141,8 @@ def chunk_size_that_fits(run: Run, available: int | None = None, *, processes: i
     plan = _Plan(run, processes)
     if available is None:
         available = available_bytes(plan.device, plan.processes)
-    rows = max(1, plan.largest.batch.student.tokens)
-    sizes = [_SMALLEST * 2**power for power in range(max(1, (rows - 1).bit_length() - 3))]
+    rows = max(batch.student.tokens for batch in (plan.largest.batch, plan.held_out) if batch is not None)
+    sizes = [_SMALLEST * 2**power for power in range(max(1, (max(1, rows) - 1).bit_length() - 3))]
     if plan.reckon(sizes[-1]).total <= available:
         return sizes[-1]
     fits, too_many = -1, len(sizes) - 1
@@ -244,22 +253,57 @@ class _Plan:
             {**share, TEACHER_WEIGHTS: 0.0 if setup.teacher == "offloaded" else theirs},
             buckets=setup.processes > 1 and setup.sharding == "none",
             writings=tuple(self._writings()),
+            reading=self.held_out and Reading(self.held_out, self._reads),
         )
+
+    @cached_property
+    def held_out(self) -> Batch | None:
+        """The longest held-out texts, where the run reads any."""
+        if self._reads is None:
+            return None
+        teacher = self.teacher if self._reads.needs else None
+        return held_out_batch(self.run, teacher, self._reads, self.device)
+
+    @cached_property
+    def _reads(self) -> Objective | None:
+        """What rows of held-out texts go through; None where none are read."""
+        own, evaluation, teacher = self.run.objective, self.run.recipe.evaluation, self.teacher
+        known = isinstance(teacher, CachedTeacher)  # by the texts in its cache, which these aren't
+        told = teacher is not None and not known and not teacher.other_vocabulary
+        if evaluation is not None and evaluation.fidelity and told:
+            return own if DISTRIBUTION in own.needs else build_objective("forward_kl", own.chunk_size)
+        if self.config.eval_strategy == IntervalStrategy.NO:
+            return None
+        return build_objective("cross_entropy", own.chunk_size) if known else own
 
     def _writings(self) -> Iterator[Writing]:
         """The occasions on which the run writes text."""
-        recipe, batch = self.run.recipe, self.largest.batch
-        data, evaluation, task = recipe.data, recipe.evaluation, self.run.evaluation
-        if evaluation is not None and evaluation.shots and task is not None and self.run.builder is not None:
-            shown = task.demonstrations[: max(evaluation.shots)]
-            length = longest_prompt(self.run.builder, task.items, shown) + evaluation.max_new_tokens
-            yield Writing(False, min(evaluation.batch_size, len(task.items)), length)
+        batch, data = self.largest.batch, self.run.recipe.data
+        yield from self._questions()
         step = self.config.train_batch_size * self.config.gradient_accumulation_steps
         if "student" in data.shares:
             yield Writing(False, min(step, data.generation.batch_size), batch.student.input_ids.shape[1])
-        if ("teacher" in data.shares or data.answer == "teacher") and self.teacher is not None and self.teacher.writes:
-            rows = data.generation.batch_size if data.answer == "teacher" else min(step, data.generation.batch_size)
-            yield Writing(True, rows, batch.teacher_view.input_ids.shape[1])
+        speaks = self.teacher is not None and self.teacher.writes and not isinstance(self.teacher, CachedTeacher)
+        if ("teacher" in data.shares or data.answer == "teacher") and speaks:
+            before = data.answer == "teacher"
+            rows = data.generation.batch_size if before else min(step, data.generation.batch_size)
+            yield Writing(True, rows, batch.teacher_view.input_ids.shape[1], early=before)
+
+    def _questions(self) -> Iterator[Writing]:
+        """k-shot answers: the student's to the task that takes most, and those of another model that teaches."""
+        run, evaluation = self.run, self.run.recipe.evaluation
+        if evaluation is None or run.evaluation is None or run.builder is None:
+            return
+        asked = []
+        for task in (run.evaluation, *run.forgetting):
+            if task.shots and task.items:
+                shown = task.demonstrations[: max(task.shots)]
+                length = longest_prompt(run.builder, task.items, shown) + evaluation.max_new_tokens
+                asked.append(Writing(False, min(evaluation.batch_size, len(task.items)), length))
+        if asked:
+            yield max(asked, key=lambda writing: writing.rows * writing.length)
+            if run.recipe.teacher.kind == "local" and run.recipe.teacher.cache is None:
+                yield replace(asked[0], teacher=True, early=True)
 
     def reckon(self, chunk_size: int | None = None) -> Estimate:
         """The estimate, with another chunk size where one is given."""
@@ -271,7 +315,10 @@ class _Plan:
             found = self._rehearse(scene, chunk, notes)
         except (RuntimeError, NotImplementedError, AttributeError, TypeError) as error:
             rehearsed = False
-            notes.append(f"Arithmetic alone: a step of these models can't be rehearsed ({_first_line(error)}).")
+            notes.append(
+                f"Arithmetic alone, generation and evaluation left out: a step of these models can't be rehearsed "
+                f"({_first_line(error)})."
+            )
             found = self._arithmetic(chunk)
         if self.gathered:
             found["gathered"] = (self.gathered, self.gathered)
@@ -311,6 +358,9 @@ class _Plan:
         batch = self.largest.batch
         rows, length = batch.student.input_ids.shape
         known = {"rows": rows, "student_tokens": length, "supervised_tokens": batch.student.tokens}
+        if self.held_out is not None:
+            rows, length = self.held_out.student.input_ids.shape
+            known |= {"evaluation_rows": rows, "evaluation_tokens": length}
         return {**known, "teacher_tokens": batch.teacher_view.input_ids.shape[1], "prefix": len(self.largest.prefix)}
 
 

@@ -1,4 +1,5 @@
-"""A step of training on ghosts: every tensor that it would make, by what it is for, and none of their numbers.
+"""A step of training on ghosts, and what is written and read around it: every tensor that it would make, by what it is
+for, and none of their numbers.
 
 Run with the student's own blocks, adapter, checkpointing and attention, the teacher's, the terms of the loss and the
 optimizer, on the largest micro-batch: state of the optimizer is there, and gradients of earlier micro-batches
@@ -40,7 +41,7 @@ from hfkd.terms import Term
 
 PARTS = (
     *("weights", "gradients", "optimizer", "activations", "objective"),
-    *("teacher", "prefix cache", "generation", "gathered", "communication"),
+    *("teacher", "prefix cache", "generation", "evaluation", "gathered", "communication"),
 )
 """What memory is for, in the order in which it is shown."""
 
@@ -56,11 +57,26 @@ class Writing:
         teacher: Whether it's the teacher that writes.
         rows: How many texts at once.
         length: Of the longest, its prompt included, in tokens.
+        early: Whether it is over before there is an optimizer.
     """
 
     teacher: bool
     rows: int
     length: int
+    early: bool = False
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Held-out texts that are read without learning: by fidelity, and by evaluations in training.
+
+    Args:
+        batch: The largest one.
+        objective: What both models' rows go through; the scene's own, or one in its place.
+    """
+
+    batch: Batch
+    objective: Objective
 
 
 @dataclass(frozen=True)
@@ -77,6 +93,7 @@ class Scene:
         shares: How much of a part one process holds, see `Ledger`.
         buckets: Whether gradients lie a second time in what processes exchange, as DDP has it.
         writings: The occasions on which texts are written.
+        reading: Held-out texts that are read; None where none are.
     """
 
     student: nn.Module
@@ -88,6 +105,7 @@ class Scene:
     shares: Mapping[str, float] = field(default_factory=dict)
     buckets: bool = False
     writings: tuple[Writing, ...] = ()
+    reading: Reading | None = None
 
 
 def rehearse(scene: Scene, chunk_size: int | None = None, read: ReadBlock | None = None) -> Ledger:
@@ -119,27 +137,33 @@ class _Step:
         self.scene, self.ledger, self.config = scene, ledger, scene.config
         self.student = ghosts.of(scene.student, scene.device, "weights")
         self.teacher = _teacher(scene, ghosts)
-        self.objective = copy.deepcopy(scene.objective)
-        self.objective.compile_losses = False
-        self.objective.chunk_size = chunk_size or self.objective.chunk_size
+        self.objective = _rehearsing(scene.objective, chunk_size)
         if read is not None:
             self.objective._read = read
+        self.reading = self.objective
+        if scene.reading is not None and scene.reading.objective is not scene.objective:
+            self.reading = _rehearsing(scene.reading.objective, chunk_size)
 
     def run(self) -> Ledger:
-        """Prepare as the trainer does, then one step; the ledger has its peak."""
+        """Prepare as the trainer does, write and read, then one step; the ledger has the peak of all."""
         ledger, batch = self.ledger, self.scene.largest.batch
         self._prepare()
         learning = [one for one in self._parameters() if one.requires_grad]
         for one in learning:
             one.register_post_accumulate_grad_hook(lambda one: ledger.take(one.grad, "gradients"))
-        optimizer = self._optimizer(learning)
-        communicated = self._buckets(learning)
-        if self.config.gradient_accumulation_steps == 1:
-            optimizer.zero_grad()
         ledger.begin()
         self._share_prefix()
         for writing in self.scene.writings:
-            self._write(writing)
+            if writing.early:
+                self._write(writing)
+        optimizer = self._optimizer(learning)
+        communicated = self._buckets(learning)
+        for writing in self.scene.writings:
+            if not writing.early:
+                self._write(writing)
+        self._read()
+        if self.config.gradient_accumulation_steps > 1:
+            self._gradients(learning)  # of the micro-batch before
         self._loss(batch).backward()
         with ledger.entry("optimizer"):
             if self.config.max_grad_norm:
@@ -176,12 +200,16 @@ class _Step:
         """The optimizer of the run with its state, which is made in its first step."""
         made, options = Trainer.get_optimizer_cls_and_kwargs(self.config, self.student)
         optimizer = made(list(learning), **options)
+        self._gradients(learning)
+        with self.ledger.entry("optimizer"):
+            optimizer.step()
+        optimizer.zero_grad()
+        return optimizer
+
+    def _gradients(self, learning: Iterable[nn.Parameter]) -> None:
         with self.ledger.entry("gradients"):
             for one in learning:
                 one.grad = torch.zeros_like(one)
-        with self.ledger.entry("optimizer"):
-            optimizer.step()
-        return optimizer
 
     def _buckets(self, learning: Iterable[nn.Parameter]) -> list[Tensor]:
         with self.ledger.entry("communication"):
@@ -210,24 +238,46 @@ class _Step:
             kept = decode(model, ids, torch.ones_like(ids), use_cache=True)
             Head.of(model).logits(kept.last_hidden_state[:, -1]).float()
 
+    def _read(self) -> None:
+        """What both models make of held-out texts, with nothing kept to learn from."""
+        if self.scene.reading is None:
+            return
+        self.student.eval()
+        with torch.no_grad():
+            self._sum(self.scene.reading.batch, self.reading, "evaluation")
+        self.student.train()
+
     def _loss(self, batch: Batch) -> Tensor:
         """What `DistillationTrainer` does with a micro-batch, each part under its name."""
-        objective, ledger, view = self.objective, self.ledger, batch.student
+        total = self._sum(batch, self.objective)
+        self.ledger.part = "activations"  # what the backward makes on its way to the gradients
+        return total
+
+    def _sum(self, batch: Batch, objective: Objective, part: str | None = None) -> Tensor:
+        """Run teacher, student and objective, each under its name or all under one."""
+        ledger, view = self.ledger, batch.student
         asked = self.teacher is not None and bool(objective.needs)
         with _autocast(self.config, self.scene.device):
-            with ledger.entry("teacher"):
+            with ledger.entry(part or "teacher"):
                 signal = self.teacher.signal(batch, objective.needs) if asked else None
-            with ledger.entry("activations"):
+            with ledger.entry(part or "activations"):
                 with recording(self.student, objective.layers[0]) as recorder:
                     hidden, labels = run_view(self.student, view, self.config.padding_free)
                 states = {layer: supervised(one, labels) for layer, one in recorder.finish(hidden).items()}
                 student = DenseRows(supervised(hidden, labels), Head.of(self.student))
-            with ledger.entry("objective"):
+            with ledger.entry(part or "objective"):
                 rows = (student, signal, view.targets, batch.token_weights, RowLayout.of(view.labels))
                 measure = self.config.log_agreement and signal is not None
                 result = objective(*rows, measure_agreement=measure, states=states)
-        ledger.part = "activations"  # what the backward makes on its way to the gradients
         return result.total
+
+
+def _rehearsing(objective: Objective, chunk_size: int | None) -> Objective:
+    """A copy that can be run on ghosts."""
+    made = copy.deepcopy(objective)
+    made.compile_losses = False
+    made.chunk_size = chunk_size or made.chunk_size
+    return made
 
 
 def _checkpointing(student: nn.Module, config: DistillationConfig) -> None:

@@ -86,22 +86,24 @@ def check_room(run: Run, room: Room, console: Console) -> Iterator[Finding]:
         console: Where to.
     """
     console.print()
-    console.print(Text(f"Memory at the peak of training, on {room.each.device}", style="bold"))
+    console.print(Text(f"Memory at the peak of the run, on {room.each.device}", style="bold"))
     console.print(room_table(room))
     console.print("What each part holds at the moment when all of them together are most.")
     each, several = room.each, room.each.processes > 1
+    moment = {"evaluation": "while held-out texts are read", "generation": "while answers are written"}
+    when = next((words for name, words in moment.items() if _at_peak(each, name)), "in a step of training")
     who = f"each of {each.processes} processes takes" if several else "the run takes"
     largest = max(each, key=lambda part: part.bytes)
     words = (
-        f"At its peak {who} {size_in_words(each.total)} on {each.device}, most of it {largest.name} "
+        f"At its peak, {when}, {who} {size_in_words(each.total)} on {each.device}, most of it {largest.name} "
         f"({size_in_words(largest.bytes)}); {size_in_words(room.available)} are free here"
     )
     figures = {"available": room.available, **each.to_dict()}
     if not room.fits:
         figures["chunk_size_that_fits"] = room.fitting_chunk
-        yield Finding("error", _NAME, f"{words}. {_remedy(run, room)}", figures)
+        yield Finding("error", _NAME, f"{words}. {_remedy(run, room)}{_notes(each)}", figures)
     elif each.total > room.available * (1 - _SLACK.get(each.device.split(":")[0], _SLACK_ELSEWHERE)):
-        yield Finding("warning", _NAME, f"{words}: little is left for what can't be foreseen. {_lower(run)}", figures)
+        yield Finding("warning", _NAME, f"{words}: little is left for what can't be foreseen. {_lower(run, each)}{_notes(each)}", figures)
     else:
         yield Finding("pass", _NAME, f"{words}.{_notes(each)}", figures)
     if several and each.device.startswith("cpu") and each.total * each.processes > room.available:
@@ -136,14 +138,26 @@ def _remedy(run: Run, room: Room) -> str:
     if chunk is not None:
         was = "is chosen by itself" if given is None else f"is {given}"
         return f"It would run out of memory. loss.chunk_size {was}; with loss.chunk_size={chunk} it fits."
-    return f"It would run out of memory, whatever loss.chunk_size is. {_lower(run)}"
+    return f"It would run out of memory, whatever loss.chunk_size is. {_lower(run, room.each)}"
 
 
-def _lower(run: Run) -> str:
+def _at_peak(estimate: Estimate, name: str) -> bool:
+    """Whether a part that isn't there all the time is, when all together are most."""
+    return any(part.name == name and part.bytes > 0 for part in estimate)
+
+
+def _lower(run: Run, estimate: Estimate) -> str:
     """What makes a run smaller, of what isn't done already."""
     config, recipe = run.config, run.recipe
     ways = []
-    if config.per_device_train_batch_size > 1:
+    if _at_peak(estimate, "evaluation") and config.per_device_eval_batch_size > 1:
+        ways.append(
+            f"lower training.per_device_eval_batch_size (it is {config.per_device_eval_batch_size}; no figure depends "
+            "on it)"
+        )
+    elif _at_peak(estimate, "generation"):
+        ways.append("lower evaluation.batch_size and data.generation.batch_size (no answer depends on them)")
+    elif config.per_device_train_batch_size > 1:
         ways.append(
             f"lower training.per_device_train_batch_size (it is {config.per_device_train_batch_size}; raise "
             "gradient_accumulation_steps as much, and the steps are the same)"

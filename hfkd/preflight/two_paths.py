@@ -2,8 +2,8 @@
 
 The trainer drops prompts before the head, works in chunks, reuses prefixes and takes the gradient on the way. Here the
 models' own forwards give all logits, labels are shifted in a loop over rows, and the losses are written out as their
-papers do. Where both agree, none of those short cuts changed what is learned. Only losses on whole distributions, and
-only teachers whose models are at hand.
+papers do. Where both agree, none of those short cuts changed what is learned. Both run in the precision that training has. Only
+losses on whole distributions, and only teachers whose models are at hand.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from hfkd.trainer import DistillationTrainer
 
 NAME = "loss by two paths"
 _LOGIT_BYTES = 2**28
-_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
-_ROUGH = 3e-2  # half precision: the two paths round in other places
+_TOLERANCE = {"float32": 1e-4, "float64": 1e-4}
+_ROUGH = 3e-2  # 16 bits, or products of few digits: the two paths round in other places
 
 Definition = Callable[[Tensor, Tensor, Mapping[str, Any]], Tensor]
 
@@ -100,23 +100,25 @@ def _compare(trainer: DistillationTrainer, model: nn.Module) -> Finding:
         loss.backward()
         losses.append(float(loss.detach()))
         gradients.append({name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None})
-    tolerance = _TOLERANCE.get(model.dtype, _ROUGH)
+    precision = _precision(trainer, model)
+    tolerance = _TOLERANCE.get(precision, _ROUGH)
     gap = abs(losses[0] - losses[1]) / max(abs(losses[1]), 1e-3)
     slope = _unlike(*gradients)
     tokens = Batch.from_inputs(inputs).student.tokens
     figures = {"compared": True, "rows": int(inputs["labels"].shape[0]), "tokens": tokens, "trainer": losses[0]}
-    figures |= {"by_hand": losses[1], "relative_difference": gap, "gradient_difference": slope, "tolerance": tolerance}
+    figures |= {"by_hand": losses[1], "relative_difference": gap, "gradient_difference": slope}
+    figures |= {"tolerance": tolerance, "precision": precision}
     words = (
         f"On {figures['rows']} examples with {tokens} tokens to learn the trainer gives {losses[0]:.6f} nats a token, "
         f"the definition on plain forward passes {losses[1]:.6f}: they differ by {gap:.1e} of it, the gradients by "
         f"{slope:.1e} of theirs"
     )
     if gap <= tolerance and slope <= 10 * tolerance:
-        return Finding("pass", NAME, f"{words} (rounding of {_named(model)}).", figures)
+        return Finding("pass", NAME, f"{words} (rounding of {precision}).", figures)
     return Finding(
         "error",
         NAME,
-        f"{words}, more than rounding of {_named(model)} ({tolerance:.0e}) explains. What would be trained isn't what "
+        f"{words}, more than rounding of {precision} ({tolerance:.0e}) explains. What would be trained isn't what "
         "the recipe says; please report the recipe and the model. teacher.reuse_prefix: false or "
         "training.padding_free: false may avoid it meanwhile.",
         figures,
@@ -135,7 +137,13 @@ def _of(wanted: Mapping[str, Tensor], other: Mapping[str, Tensor], name: str) ->
     return wanted[name] if name in wanted else torch.zeros_like(other[name])
 
 
-def _named(model: nn.Module) -> str:
+def _precision(trainer: DistillationTrainer, model: nn.Module) -> str:
+    """What products are computed in: the weights' type, or what mixed precision takes in its place."""
+    args = trainer.args
+    if args.bf16 or args.fp16:
+        return "bfloat16" if args.bf16 else "float16"
+    if args.tf32 and args.device.type == "cuda" and model.dtype == torch.float32:
+        return "tf32"
     return str(model.dtype).removeprefix("torch.")
 
 
@@ -165,12 +173,13 @@ def plain_loss(trainer: DistillationTrainer, model: nn.Module, inputs: Mapping[s
     Returns:
         Nats a token, a scalar with its gradient.
     """
-    batch = Batch.from_inputs(inputs)
-    student, targets = _predictions(model, batch.student)
-    teacher = None
-    if trainer.objective.needs:
-        with torch.no_grad():
-            teacher = _teacher_logits(trainer.teacher, batch).to(student.device)
+    batch, teacher = Batch.from_inputs(inputs), None
+    with trainer.accelerator.autocast():
+        student, targets = _predictions(model, batch.student)
+        if trainer.objective.needs:
+            with torch.no_grad():
+                teacher = _teacher_logits(trainer.teacher, batch).to(student.device)
+    if teacher is not None:
         shared = min(student.shape[-1], teacher.shape[-1])
         student, teacher = student[:, :shared], teacher[:, :shared]
     weights = torch.ones(len(targets)) if batch.token_weights is None else batch.token_weights

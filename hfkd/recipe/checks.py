@@ -335,6 +335,8 @@ def _hub(recipe: Recipe) -> Iterator[str]:
     for key in ("base", "merged"):
         if getattr(hub, key) and student.lora is None:
             yield f"hub.{key}: is for adapters, and student.lora isn't given; leave it out"
+    if hub.push and hub.merged and student.load_kwargs.get("quantization_config"):
+        yield "hub.merged: the base is quantised, and merging would round the adapter away; leave it out"
     known = hub.base is not None or hub.merged or student.init is not None
     if hub.push and student.lora is not None and not known and Path(student.origin).exists():
         yield (

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from hfkd.card.reading import count, entries, section
+from hfkd.card.teaching import moves
 from hfkd.report.drawing import (
     PALE,
     Look,
@@ -67,11 +68,13 @@ def draw_reliability(path: Path, fidelity: Mapping[str, Any]) -> bool:
 
 
 def _models(fidelity: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """The student at each stage and the teacher, those that have bins."""
+    """The student at each stage and the teacher, those that have bins; a teacher that moved at each stage too."""
     stages = {name: section(figures) for name, figures in fidelity.items()}
     models = {name: section(figures, "student") for name, figures in stages.items()}
-    for figures in stages.values():
-        models["teacher"] = section(figures, "teacher") or models.get("teacher", {})
+    moved = moves({}, {"fidelity": fidelity})
+    for name, figures in stages.items():
+        teacher = f"teacher {name}" if moved else "teacher"
+        models[teacher] = section(figures, "teacher") or models.get(teacher, {})
     return {name: model for name, model in models.items() if _bins(model)}
 
 
@@ -96,7 +99,7 @@ def _draw_model(
 
 
 def _model_words(name: str, model: Mapping[str, Any]) -> str:
-    words = "teacher" if name == "teacher" else f"student {name}"
+    words = name if name.startswith("teacher") else f"student {name}"
     error, brier = number(model.get("expected_calibration_error")), number(model.get("brier"))
     words += f": expected calibration error {error:.1%}" if math.isfinite(error) else ""
     return words + (f", Brier score {brier:.3f}" if math.isfinite(brier) else "")

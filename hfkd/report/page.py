@@ -15,9 +15,13 @@ from typing import Any
 import yaml
 from jinja2 import Environment, StrictUndefined
 
+from hfkd.card.course import ending
+from hfkd.card.differences import difference_rows
+from hfkd.card.fidelity import columns_of, fidelity_remarks, interval_of
 from hfkd.card.limits import limits
-from hfkd.card.reading import count, entries, number, pair, section, text
+from hfkd.card.reading import count, entries, number, section, text
 from hfkd.card.results import STAGES, accuracy_of, details_of, items_of, other_tasks, shots_of, verdicts
+from hfkd.card.teaching import prompts_words
 from hfkd.card.words import title
 from hfkd.masking import shareable, shareable_text
 from hfkd.report.page_facts import data_rows, duration_rows, facts_of, objective_of, origin_rows
@@ -49,7 +53,10 @@ def build_page(
     """
     history = entries(report, "loss_history")
     run = _clean(shareable(run))
-    report = _clean({key: value for key, value in report.items() if key != "loss_history"})
+    report = {
+        **_clean({key: value for key, value in report.items() if key != "loss_history"}),
+        "loss_history": history,
+    }
     environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, autoescape=True)
     environment.filters |= {"visible": _visible, "digest": _digest, "figure": _number_words}
     template = environment.from_string(
@@ -58,14 +65,15 @@ def build_page(
     page = template.render(
         title=title(run),
         status=text(run, "status"),
-        facts=facts_of(run),
+        ending=ending(run),
+        facts=facts_of(run, report),
         objective=objective_of(run),
         origins=origin_rows(run),
         data=data_rows(run),
         durations=duration_rows(run, report),
         tasks=_tasks(report),
         limits=limits(run, report),
-        fidelity=_fidelity(report),
+        fidelity=_fidelity(run, report),
         worst=_worst(report),
         loss=_loss_ends(history),
         pictures=_pictures(pictures),
@@ -94,7 +102,11 @@ def _tasks(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     found = [("", details_of(report)), *other_tasks(report)]
     names = [name.removesuffix(".png") for name in accuracy_pictures(report)]
     tables = zip(found, names, strict=True)
-    return [{"name": task, "picture": name, **_table(rows)} for (task, rows), name in tables if shots_of(rows)]
+    return [
+        {"name": task, "picture": name, "paired": difference_rows(report, task, rows), **_table(rows)}
+        for (task, rows), name in tables
+        if shots_of(rows)
+    ]
 
 
 def _table(details: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,24 +135,28 @@ def _accuracy(details: Mapping[str, Any], stage: str, shots: str) -> dict[str, s
     return _cell(found and found.share, (found.low, found.high) if known else None, _percent)
 
 
-def _fidelity(report: Mapping[str, Any]) -> dict[str, Any]:
-    """The table of the fidelity, a column for each stage and one for the teacher; or why there is none."""
-    stages = {name: part for name in section(report, "fidelity") if (part := section(report, f"fidelity.{name}"))}
-    if not stages:
+def _fidelity(run: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, Any]:
+    """The table of the fidelity, a column for each student and teacher; or why there is none."""
+    columns = columns_of(run, report)
+    if not columns:
         return {"unavailable": text(report, "fidelity.unavailable"), "rows": []}
-    last = list(stages.values())[-1]
+    last = columns[-1][1]
     rows = [
         {
             "words": words,
             "meaning": meaning,
-            "cells": [_cell(number(part, key), pair(part, f"{key}_interval"), show) for part in stages.values()],
-            "teacher": _cell(number(last, of_teacher), None, show)["value"] if of_teacher else "",
+            "cells": [
+                _cell(number(part, key), interval_of(part, f"{key}_interval"), show)
+                if side == "student"
+                else _cell(number(part, of_teacher), None, show if of_teacher else lambda _: "")
+                for _, part, side in columns
+            ],
         }
         for words, meaning, key, of_teacher, show in _figures(count(last, "captured_mass.k"))
     ]
-    names = [STAGES.get(name, name) for name in stages]
     counts = {key: count(last, key) for key in ("texts", "tokens", "teacher_wrong")}
-    return {"stages": names, "rows": rows, **counts}
+    found = {"heads": [head for head, _, _ in columns], "rows": rows, **counts}
+    return {**found, "prompts": prompts_words(run), "remarks": fidelity_remarks(run, report)}
 
 
 def _figures(top: int) -> tuple[tuple[str, str, str, str, Callable[[Any], str]], ...]:

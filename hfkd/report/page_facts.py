@@ -1,6 +1,6 @@
 """What was done in a run, as lines for a page: student, teacher, objective, origins, hardware, time and energy.
 
-Reads `run.json` alone, any part of which may be missing or of an unexpected kind.
+Reads `run.json`, and the report for the steps that were logged; any part may be missing or of an unexpected kind.
 """
 
 from __future__ import annotations
@@ -8,16 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from hfkd.card.course import steps_words
 from hfkd.card.objective import terms_of
 from hfkd.card.reading import count, number, section, text, value
-from hfkd.card.words import answers_words, hardware_words, kept, origin, origins_of, shots_words
+from hfkd.card.teaching import WEIGHTS, shots_words, teacher_read
+from hfkd.card.words import answers_words, hardware_words, kept, origin, origins_of
 from hfkd.schedules import in_words
 
-_WEIGHTS = {
-    "adapter_off": "the student's own weights with the adapter switched off",
-    "frozen_copy": "a frozen copy of the student as it was before training",
-    "live": "the student's own weights as they were at each step",
-}
 _OTHER_KINDS = {
     "none": "none: the student learned from the answers alone",
     "ema": "a moving average of the student's weights",
@@ -27,16 +24,16 @@ _SOURCES = {"hub": "Hugging Face hub", "folder": "a folder", "file": "a file", "
 _NOT_SETTINGS = ("name", "kind", "weight", "formula", "paper")
 
 
-def facts_of(run: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Names and values of what was done; an empty value isn't known."""
+def facts_of(run: Mapping[str, Any], report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Names and values of what was done, the steps as far as the report logged them; an empty value isn't known."""
     energy = number(run, "energy.joules")
     return [
         ("Student", _student(run)),
         ("Teacher", _teacher(section(run, "recipe.teacher"))),
-        ("Demonstrations", _demonstrations(run)),
+        ("What they read", _read(run)),
         ("Answers", answers_words(run)),
         ("Trained", _trained(run)),
-        ("Steps", _steps(section(run, "recipe.training"))),
+        ("Steps", _steps(run, report)),
         ("Hardware", hardware_words(run) if section(run, "hardware") else ""),
         ("Energy", "" if energy is None else _energy(energy, section(run, "energy"))),
     ]
@@ -110,16 +107,17 @@ def _teacher(teacher: Mapping[str, Any]) -> str:
         each = ", ".join(f"{name} ({_teacher(section(members, name)) or 'unknown'})" for name in members)
         return f"{'one for each kind of row' if kind == 'routed' else 'a mixture'}: {each}"
     if kind == "self":
-        return _WEIGHTS.get(text(teacher, "weights"), "the student itself")
+        return WEIGHTS.get(text(teacher, "weights"), "the student itself")
     name = text(teacher, "model") or _OTHER_KINDS.get(kind, kind)
     return f"{name}, read from a cache of what it says" if name and value(teacher, "cache") else name
 
 
-def _demonstrations(run: Mapping[str, Any]) -> str:
-    shown = number(run, "recipe.data.demonstrations.count")
-    if shown is None:
+def _read(run: Mapping[str, Any]) -> str:
+    if not section(run, "recipe.data"):
         return ""
-    return f"The teacher read {shown:g} before each question. {shots_words(run)}"
+    taught = text(run, "recipe.teacher.kind") != "none"
+    teachers = f"The teacher read {teacher_read(run)}. " if taught else ""
+    return f"{teachers}{shots_words(run)}".strip()
 
 
 def _trained(run: Mapping[str, Any]) -> str:
@@ -131,10 +129,11 @@ def _trained(run: Mapping[str, Any]) -> str:
     return ", ".join(words)
 
 
-def _steps(training: Mapping[str, Any]) -> str:
-    steps, rows = count(training, "max_steps"), count(training, "per_device_train_batch_size")
+def _steps(run: Mapping[str, Any], report: Mapping[str, Any]) -> str:
+    training, steps = section(run, "recipe.training"), steps_words(run, report)
+    rows = count(training, "per_device_train_batch_size")
     rate, seed = number(training, "learning_rate"), number(training, "seed")
-    words = [f"{steps} optimizer steps"] if steps > 0 else []
+    words = [steps] if steps else ["how many is not recorded"] if training else []
     words += (
         [f"{rows * max(count(training, 'gradient_accumulation_steps', 1), 1)} rows each per process"] if rows else []
     )

@@ -10,11 +10,15 @@ import tempfile
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from transformers.utils import is_torch_tf32_available
+
 from hfkd.data.collate import DistillationCollator
 from hfkd.objective import build_objective
 from hfkd.recipe.schema import Recipe, TeacherSection
 from hfkd.run.build import Run, make_config
+from hfkd.run.expected import deciding
 from hfkd.run.models import load_student, make_teacher, prepare_teacher
+from hfkd.run.provenance import deciding_code
 from hfkd.run.subjects import Subject, identity
 from hfkd.run.texts import fidelity_texts
 from hfkd.sharding import Launch
@@ -29,7 +33,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MOVING = ("ema", "snapshot")
-_PRECISION = ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "padding_free")
+_PRECISION = ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "tf32", "padding_free")
+_RUNNING = (
+    *(*_PRECISION, "use_cpu", "seed", "data_seed", "output_dir", "chunk_size", "ddp_backend", "ddp_timeout"),
+    *("per_device_eval_batch_size", "dataloader_num_workers", "dataloader_pin_memory", "disable_tqdm"),
+)
 
 
 def check_fidelity(recipe: Recipe) -> None:
@@ -63,15 +71,16 @@ def check_fidelity(recipe: Recipe) -> None:
 
 
 def deciding_of(recipe: Recipe) -> dict[str, Any]:
-    """What decides the fidelity besides the student's weights and the rows."""
+    """What decides the fidelity besides the student's weights, the rows and the versions of packages."""
     data = recipe.data.model_dump(mode="json", exclude={"train", "generation", "answer"})
     sections = _sections(recipe.teacher)
     return {
         "data": data,
         "teacher": recipe.teacher.model_dump(mode="json", exclude={"load_kwargs", "members"}),
-        "weights": {key: identity(one.model, one) for key, one in sections.items() if one.model is not None},
-        "published": identity(recipe.student.origin, recipe.student) if recipe.teacher.kind == "self" else None,
+        "members": {key: _deciding(section) for key, section in sections.items()},
+        "published": Subject("before", recipe).weights() if is_own(recipe) else None,
         "precision": {name: recipe.training.get(name) for name in _PRECISION},
+        "code": deciding_code(recipe, ("teacher", "data")),
     }
 
 
@@ -94,10 +103,8 @@ def measure_against_teacher(run: Run, subject: Subject, model: nn.Module, publis
     section = run.recipe.evaluation.model_copy(update={"fidelity": True})
     recipe = run.recipe.model_copy(update={"evaluation": section})
     with tempfile.TemporaryDirectory() as scratch:
-        config = make_config(
-            recipe, output_dir=scratch, report_to="none", save_strategy="no", eval_strategy="no",
-            load_best_model_at_end=False, run_policy="overwrite", log_gradient_norms=False, disable_tqdm=True,
-        )  # fmt: skip
+        changes = {"output_dir": scratch, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
+        config = make_config(recipe, **changes, run_policy="overwrite")
         teacher = _teacher(published, subject)
         prepare_teacher(recipe, teacher, model, run.tokenizer, Launch.of(config))
         asked = replace(run, recipe=recipe, config=config, model=model, teacher=teacher, objective=objective)
@@ -116,14 +123,55 @@ def measure_against_teacher(run: Run, subject: Subject, model: nn.Module, publis
         return measure_fidelity(trainer, texts).to_dict()
 
 
+def without_accessories(recipe: Recipe) -> Recipe:
+    """The recipe with those settings of `training` alone that say how a model is run.
+
+    Trackers, plugins, the optimizer and the hub belong to the training, and may be missing where it is evaluated.
+    """
+    training = {name: value for name, value in recipe.training.items() if name in _RUNNING}
+    if not is_torch_tf32_available():
+        training.pop("tf32", None)
+    return recipe.model_copy(update={"training": training})
+
+
+def is_own(recipe: Recipe) -> bool:
+    """Whether a teacher is the student itself, or was it once."""
+    return any(section.kind == "self" for section in _sections(recipe.teacher).values())
+
+
+def is_switched(recipe: Recipe) -> bool:
+    """Whether a teacher is the student with its adapter switched off."""
+    sections = _sections(recipe.teacher).values()
+    return any(section.kind == "self" and section.weights == "adapter_off" for section in sections)
+
+
 def _teacher(published: Recipe, subject: Subject) -> Teacher:
     """The recipe's teacher; what was a copy of the student before training is loaded anew."""
-    section = published.teacher
-    if not (subject.trained and section.kind == "self" and section.weights == "frozen_copy"):
-        return make_teacher(published)
+    teacher, section = make_teacher(published), published.teacher
+    if not subject.trained:
+        return teacher
+    if not section.members:
+        return _anew(published, section) if _is_copy(section) else teacher
+    copies = {name: _anew(published, member) for name, member in section.members.items() if _is_copy(member)}
+    teacher.teachers |= copies
+    return teacher
+
+
+def _is_copy(section: TeacherSection) -> bool:
+    return section.kind == "self" and section.weights == "frozen_copy"
+
+
+def _anew(published: Recipe, section: TeacherSection) -> Teacher:
     student = published.student.model_copy(update={"lora": None})
     model = load_student(published.model_copy(update={"student": student}), seed=0)
     return LocalTeacher(model, reuse_prefix=section.reuse_prefix)
+
+
+def _deciding(section: TeacherSection) -> dict[str, Any]:
+    """One teacher as it is loaded, and what tells its weights from others."""
+    plain = section.model_dump(mode="json", exclude={"members"})
+    plain["load_kwargs"] = deciding(plain["load_kwargs"])
+    return {**plain, "files": None if section.model is None else identity(section.model, section)}
 
 
 def _sections(teacher: TeacherSection) -> dict[str, TeacherSection]:

@@ -40,7 +40,7 @@ from hfkd.record import (
     check_same_data,
     checkpoints,
     clear_output_folder,
-    known_metrics,
+    read_record,
     rows_fingerprint,
 )
 from hfkd.rollout.on_policy import Mixture
@@ -50,6 +50,7 @@ from hfkd.run.expected import expected_contract
 from hfkd.run.models import describe_student, load_student, save_base
 from hfkd.run.outcome import describe_objective, describe_origins, push_run, write_outcome
 from hfkd.run.progress import training_bar
+from hfkd.run.reporting import Measured
 from hfkd.run.rows import Task
 from hfkd.run.texts import (
     answered_rows,
@@ -62,6 +63,7 @@ from hfkd.run.texts import (
 from hfkd.run.training import make_trainer
 from hfkd.run.words import accuracies_line, comparison_tables, fidelity_line, plan_lines, summary_lines
 from hfkd.sharding import Launch
+from hfkd.student import as_published
 from hfkd.teachers import CachedTeacher
 
 if TYPE_CHECKING:
@@ -115,12 +117,7 @@ class _Conductor:
         self.record = RunRecord(
             recipe=run.recipe.resolved(), fingerprint=run.fingerprint, command=safe_command(command)
         )
-        self.k_shot: dict[str, KShotReport] = {}
-        self.forgetting: list[dict[str, KShotReport]] = [{} for _ in run.forgetting]
-        self.fidelity: dict[str, Any] = {}
-        self.predictions: list[dict[str, Any]] = []
-        self.history: list[dict[str, float]] = []
-        self.curve: list[dict[str, float]] = []
+        self.measured = Measured([{} for _ in run.forgetting])
         self.energy = EnergyMeter()
         self.trains = False
 
@@ -128,12 +125,16 @@ class _Conductor:
         """All stages in order; once training began, a failure is noted in `run.json` before it goes on its way."""
         run, policy = self.run, self.recipe.training.get("run_policy", "refuse")
         if self.first and self.recipe.hub.push:  # a refused token is told before the training, not after it
-            check_push(self.recipe.hub.repo_id, private=self.recipe.hub.private)
+            hub, student = self.recipe.hub, self.recipe.student
+            with_base = bool(student.init and student.lora) and not hub.merged
+            check_push(hub.repo_id, private=hub.private, with_base=with_base)
         PartialState().wait_for_everyone()  # all have looked at the folder before the first one writes into it
         if policy == "overwrite" and self.first:
             clear_output_folder(run.output_dir)
         self.console.print("\n".join(plan_lines(run)), markup=False, highlight=False)
         self._describe()
+        if policy == "resume":
+            self.record.take_over(run.output_dir)
         with interruptible() as calm:
             try:
                 with self.energy:
@@ -148,6 +149,7 @@ class _Conductor:
         """Write down how the run ended, unless it was over."""
         preempted = isinstance(error, Preempted)
         if self.record.status != "finished":
+            self.record.add_energy(self.energy.to_dict())
             self.record.status = "preempted" if preempted else "failed"
             # Before training nothing is there to protect, and the mended recipe may use the folder; but a scheduler
             # must see that the run wants to be started again.
@@ -175,7 +177,7 @@ class _Conductor:
         self._count_late(trainer.train_dataset)
         texts = self._fidelity_texts()
         self._hold_against_teacher("before", trainer, texts)
-        before = known_metrics(run.output_dir)
+        before = read_record(run.output_dir).get("metrics", {})
         self.trains = True
         self._write_record()
         if self.first:
@@ -188,14 +190,13 @@ class _Conductor:
             self.console.print("The training was over before: no step is made, and its figures are kept.")
         self.record.metrics = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
         self.record.teacher = run.teacher.describe() if run.teacher is not None else {"kind": "none"}
-        self.history = [entry for entry in trainer.state.log_history if "loss" in entry and "step" in entry]
-        self.curve = [entry for entry in trainer.state.log_history if any(key.startswith("eval_") for key in entry)]
+        self.measured.keep_log(trainer.state.log_history)
+        trainer.save_model(str(run.output_dir))  # before anything else can fail
+        if self.first:
+            run.tokenizer.save_pretrained(run.output_dir)
         with self._clock("evaluation_after"):
             self._evaluate("after", trainer.accelerator.unwrap_model(trainer.model))
         self._hold_against_teacher("after", trainer, texts)
-        trainer.save_model(str(run.output_dir))
-        if self.first:
-            run.tokenizer.save_pretrained(run.output_dir)
         if self.recipe.evaluation is not None and self.recipe.evaluation.gold_baseline:
             run.model, run.teacher = None, None
             del trainer
@@ -206,25 +207,33 @@ class _Conductor:
     def _fidelity_texts(self) -> DistillationDataset | None:
         """The held-out texts for both models; rows that lack what a teacher needs are a reason, not an end."""
         try:
-            return fidelity_texts(self.run)
+            texts = fidelity_texts(self.run)
         except ValueError as error:
-            self.fidelity = {"unavailable": str(error)}
-            return None
+            return self._no_fidelity(str(error))
+        if texts is not None and self.recipe.teacher.cache is not None:
+            return self._no_fidelity(
+                "the cache holds what the teacher says of the training texts, not of the held-out ones; `hfkd "
+                f"evaluate {self.run.output_dir} --fidelity teacher.cache=null` asks the teacher itself"
+            )
+        return texts
+
+    def _no_fidelity(self, reason: str) -> None:
+        self.measured.fidelity = {"unavailable": reason}
+        self.console.print(f"Fidelity isn't measured: {reason}", markup=False, highlight=False)
 
     def _hold_against_teacher(
         self, stage: str, trainer: DistillationTrainer, texts: DistillationDataset | None
     ) -> None:
         """Measure how near the student is to its teacher; where that can't be, the report has the reason."""
-        if texts is None or "unavailable" in self.fidelity:
+        if texts is None or "unavailable" in self.measured.fidelity:
             return
         with self._clock(f"fidelity_{stage}"):
             try:
                 report = measure_fidelity(trainer, texts)
-            except ValueError as error:
-                self.fidelity = {"unavailable": str(error)}
-                return
-        self.fidelity[stage] = report.to_dict()
-        self.console.print(f"{stage}: {fidelity_line(self.fidelity[stage])}", markup=False, highlight=False)
+            except ValueError as error:  # the same on all processes
+                return self._no_fidelity(str(error))
+        self.measured.fidelity[stage] = figures = report.to_dict()
+        self.console.print(f"{stage}: {fidelity_line(figures)}", markup=False, highlight=False)
 
     def _waits(self) -> bool:
         """Whether the student stays where it was loaded until the trainer cuts it, since nobody asks it before."""
@@ -296,9 +305,10 @@ class _Conductor:
         run = self.run
         if run.evaluation is None or not run.evaluation.shots:
             return
-        self.k_shot[name] = self._ask(model, run.evaluation, name, name)
-        for task, reports in zip(run.forgetting, self.forgetting, strict=True):
-            reports[name] = self._ask(model, task, f"{task.name}, {name}", name)
+        with as_published(model):
+            self.measured.k_shot[name] = self._ask(model, run.evaluation, name, name)
+            for task, reports in zip(run.forgetting, self.measured.forgetting, strict=True):
+                reports[name] = self._ask(model, task, f"{task.name}, {name}", name)
 
     def _evaluate_teacher(self) -> None:
         """Another model's own accuracy on the prompt it has in training: one that guesses has nothing to teach."""
@@ -308,11 +318,11 @@ class _Conductor:
             return
         task = dataclasses.replace(run.evaluation, shots=[min(len(run.demonstrations), max(run.evaluation.shots))])
         with self._clock("evaluation_teacher"), run.teacher.weights() as model:
-            self.k_shot["teacher"] = self._ask(model, task, "teacher", "teacher")
+            self.measured.k_shot["teacher"] = self._ask(model, task, "teacher", "teacher")
 
     def _ask(self, model: nn.Module, task: Task, words: str, stage: str) -> KShotReport:
         report = ask(self.run, model, task, f"k-shot {words}" if self.first else None)
-        self.predictions += prediction_lines(task.name, stage, report, task.items)
+        self.measured.predictions += prediction_lines(task.name, stage, report, task.items)
         self.console.print(f"{words}: {accuracies_line(plain_results(report))}", markup=False, highlight=False)
         return report
 
@@ -340,33 +350,15 @@ class _Conductor:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
 
-    def _report(self) -> dict[str, Any]:
-        details = {name: plain_results(report) for name, report in self.k_shot.items()}
-        return {
-            "schema": 1,
-            "k_shot": {name: report.accuracies() for name, report in self.k_shot.items()},
-            "k_shot_details": details,
-            "forgetting": [
-                {
-                    "task": task.name,
-                    "k_shot": {name: report.accuracies() for name, report in reports.items()},
-                    "details": {name: plain_results(report) for name, report in reports.items()},
-                }
-                for task, reports in zip(self.run.forgetting, self.forgetting, strict=True)
-            ],
-            "fidelity": self.fidelity,
-            "loss_history": self.history,
-            "evaluation_history": self.curve,
-            "training": self.record.metrics,
-            "durations": self.record.durations,
-        }
-
     def _finish(self) -> RunResult:
-        folder, report = self.run.output_dir, self._report()
-        self.record.energy = self.energy.to_dict()
-        self.record.status = "finished"
+        run, folder = self.run, self.run.output_dir
+        task = run.evaluation.name if run.evaluation is not None else ""
+        others = [other.name for other in run.forgetting]
+        report = self.measured.report(task, others, self.record.metrics, self.record.durations)
+        self.record.add_energy(self.energy.to_dict())
         if self.first:
-            write_outcome(folder, self.record.to_dict(), report, self.predictions)
+            write_outcome(folder, {**self.record.to_dict(), "status": "finished"}, report, self.measured.predictions)
+        self.record.status = "finished"
         self._write_record()  # the last one: it says that the others are there
         for table in comparison_tables(report):
             self.console.print()
@@ -385,7 +377,8 @@ class _Conductor:
     def _clock(self, stage: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self.record.durations[stage] = round(time.perf_counter() - start, 2)
+        spent = self.record.durations.get(stage, 0.0) + time.perf_counter() - start
+        self.record.durations[stage] = round(spent, 2)
 
 
 def _goes_on(run: Run, folder: Path) -> bool:

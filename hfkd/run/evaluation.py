@@ -7,7 +7,7 @@ Trains nothing; how answers are generated and scored is `hfkd.eval.k_shot`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,9 +25,17 @@ from hfkd.eval.results import SCHEMA, Results, fingerprint_of, read_results
 from hfkd.masking import shareable
 from hfkd.recipe.schema import Recipe
 from hfkd.record import rows_fingerprint
-from hfkd.run.against_teacher import check_fidelity, deciding_of, measure_against_teacher
+from hfkd.run.against_teacher import (
+    check_fidelity,
+    deciding_of,
+    is_own,
+    is_switched,
+    measure_against_teacher,
+    without_accessories,
+)
 from hfkd.run.build import Run, settings_of
 from hfkd.run.models import load_tokenizer
+from hfkd.run.provenance import check_model, check_rows, deciding_code, deciding_versions
 from hfkd.run.rows import Task, load_data
 from hfkd.run.subjects import Subject, find_subjects, weights_fingerprint
 
@@ -56,6 +64,7 @@ def evaluate_recipe(
     fidelity: bool = False,
     harness: HarnessSettings | None = None,
     json_path: Path | None = None,
+    chosen: Collection[str] = (),
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Measure a recipe's student, without training.
@@ -69,7 +78,8 @@ def evaluate_recipe(
         fidelity: Hold it against the recipe's teacher on the evaluation items.
         harness: Tasks of lm_eval to ask besides.
         json_path: Where each result is written as soon as it is there. What this file holds already, made with the
-            same settings, rows and weights, isn't made again.
+            same settings, rows, weights, code and versions, isn't made again.
+        chosen: Of `rows` and `model`, what may be other than the run in `run_folder` had, since the user chose it.
         console: Where tables go; None prints to the terminal.
 
     Returns:
@@ -77,7 +87,8 @@ def evaluate_recipe(
         `forgetting.<name>`, `fidelity`, `lm_eval.<name>`), each with `fingerprint`, `seconds` and `result`.
 
     Raises:
-        ValueError: Something is asked for without what it needs, or `json_path` is a file of another kind.
+        ValueError: Something is asked for without what it needs, `json_path` is a file of another kind, or the rows
+            or the model aren't those of the run.
         OSError: A file is missing or damaged.
     """
     _check(recipe, adapter, fidelity, harness)
@@ -85,7 +96,12 @@ def evaluate_recipe(
     if json_path is not None and json_path.exists():
         read_results(json_path)  # a file of another kind is refused before anything is loaded
     subjects = find_subjects(recipe, adapter or run_folder, base)
+    read = any(subject.recipe is recipe for subject in subjects) or (fidelity and is_own(recipe))
+    notes = check_model(run_folder, recipe, chosen) if run_folder is not None and read else []
     run = _prepare(subjects[-1].recipe)
+    notes += [] if run_folder is None else check_rows(run_folder, run, chosen)
+    for note in notes:
+        console.print(f"Note: {note}.", markup=False, highlight=False)
     weights = {subject.stage: weights_fingerprint(subject) for subject in subjects}
     results = Results(json_path, weights)
     for stage in results.dropped:
@@ -114,10 +130,11 @@ class _Evaluation:
 
     def conduct(self, results: Results, weights: str, alone: bool) -> None:
         """Ask what isn't known yet, keep it, and show all."""
-        stage = self.subject.stage
+        stage, versions = self.subject.stage, deciding_versions()
         for question in self._questions():
             title = question.name if alone else f"{stage}: {question.name}"
-            fingerprint = fingerprint_of({"schema": SCHEMA, "weights": weights, **question.deciding})
+            deciding = {"schema": SCHEMA, "versions": versions, "weights": weights, **question.deciding}
+            fingerprint = fingerprint_of(deciding)
             found = results.known(stage, question.name, fingerprint)
             if found is None:
                 self._say(title)
@@ -125,7 +142,9 @@ class _Evaluation:
                 found = question.measure()
                 results.put(stage, question.name, fingerprint, found, time.perf_counter() - start)
             else:
-                self._say(f"{title} (not run again: {results.path} has it, of the same settings, rows and weights)")
+                self._say(
+                    f"{title} (not run again: {results.path} has it, of the same settings, rows, weights and code)"
+                )
             question.show(found)
 
     def _questions(self) -> Iterator[_Question]:
@@ -151,6 +170,7 @@ class _Evaluation:
             "prompt": recipe.data.prompt.model_dump(mode="json"),
             "shots": task.shots,
             "extract": task.extract,
+            "code": deciding_code(recipe, ("data.prompt",)),
         }
 
         def measure() -> dict[str, Any]:
@@ -188,9 +208,7 @@ class _Evaluation:
 
     def _loaded(self) -> nn.Module:
         if self._model is None:
-            teacher = self.published.teacher
-            switched = self.fidelity and teacher.kind == "self" and teacher.weights == "adapter_off"
-            self._model = self.subject.load(fresh_adapter=switched)
+            self._model = self.subject.load(fresh_adapter=self.fidelity and is_switched(self.published))
             if movable(self._model):
                 self._model.to(self.run.config.device)
         return self._model
@@ -276,7 +294,7 @@ def _check(recipe: Recipe, adapter: Path | None, fidelity: bool, harness: Harnes
 
 def _prepare(recipe: Recipe) -> Run:
     """The rows, the tokenizer and the prompts; no model."""
-    run = settings_of(recipe)
+    run = settings_of(without_accessories(recipe))
     if recipe.evaluation is not None:
         run.take(load_data(recipe, run.sources))
     run.tokenizer = load_tokenizer(recipe.student)

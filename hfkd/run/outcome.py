@@ -70,6 +70,10 @@ def describe_origins(run: Run) -> dict[str, dict[str, Any]]:
         "student": origin_of_model(student.origin, student.revision, run.model.config),
         "train": origin_of_rows(train.path, train.revision),
     }
+    if run.recipe.data.demonstrations.path is not None:
+        origins["demonstrations"] = origin_of_rows(run.recipe.data.demonstrations.path)
+    if run.recipe.evaluation is not None and run.recipe.evaluation.path is not None:
+        origins["evaluation"] = origin_of_rows(run.recipe.evaluation.path, run.recipe.evaluation.revision)
     if teacher.model is not None:
         origins["teacher"] = origin_of_model(teacher.model, teacher.revision)
     for name, member in teacher.members.items():

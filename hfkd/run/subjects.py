@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfkd.eval.results import fingerprint_of
-from hfkd.loading import load_adapter, load_config_of, readable
+from hfkd.loading import commit_of, load_adapter, load_config_of, readable
 from hfkd.recipe.schema import Recipe, StudentSection, TeacherSection
 from hfkd.run.expected import deciding
 from hfkd.run.models import load_student
@@ -106,8 +106,8 @@ def identity(name: str, section: StudentSection | TeacherSection) -> dict[str, A
         inner = section.load_kwargs.get("subfolder")
         return {"files": {**_files(folder), **(_files(folder / inner) if inner else {})}}
     options = {"revision": section.revision, "trust_remote_code": section.trust_remote_code, **section.load_kwargs}
-    config = readable(lambda: load_config_of(name, options), f"the configuration of {name}")
-    return {"id": name, "revision": section.revision, "commit": getattr(config, "_commit_hash", None)}
+    readable(lambda: load_config_of(name, options), f"the configuration of {name}")  # as it is on the hub today
+    return {"id": name, "revision": section.revision, "commit": commit_of(name, options)}
 
 
 def _trained(recipe: Recipe, folder: Path) -> Subject:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hfkd.batch import Batch, View
 from hfkd.distributed import run_inside
 from hfkd.errors import HeadError, UnsupportedCache
-from hfkd.loading import fetch, load_causal_lm, load_tokenizer_of
+from hfkd.loading import commit_of, fetch, load_causal_lm, load_tokenizer_of
 from hfkd.packing import drop_padding, run_view
 from hfkd.prefix import SharedPrefix
 from hfkd.rows import DenseRows, Head, base_model_of, input_device, supervised
@@ -193,6 +193,7 @@ class LocalTeacher(ModelTeacher):
         self.revision, self.dtype, self.trust_remote_code = revision, dtype, trust_remote_code
         self.load_kwargs, self.offload = dict(load_kwargs or {}), offload
         self.tokenizer = tokenizer
+        self._commit: str | None = None
 
     def prepare(self, accelerator: Accelerator, student: nn.Module) -> None:
         """Load the model if it was given by name, freeze it and place it as the student is placed: in shards where
@@ -222,6 +223,7 @@ class LocalTeacher(ModelTeacher):
 
     def _load(self) -> None:
         self.model = load_causal_lm(self.name, "the teacher", **{"dtype": self.dtype, **self.loading})
+        self._commit = commit_of(self.name, self.loading)
         if self.tokenizer is None:
             self.tokenizer = load_tokenizer_of(self.name, self.loading)
 
@@ -246,12 +248,11 @@ class LocalTeacher(ModelTeacher):
             yield self.model
 
     def describe(self) -> dict[str, Any]:
-        """Name, revision and dtype."""
-        config = getattr(self.model, "config", None)
+        """Name, revision and dtype. Once the model is loaded by its hub id, the revision is the commit it is of."""
         return {
             "kind": "local",
             "model": self.name,
-            "revision": self.revision or getattr(config, "_commit_hash", None),
+            "revision": self._commit or self.revision,
             "dtype": str(self.dtype if self.model is None else self.model.dtype).removeprefix("torch."),
             "reuse_prefix": self.reuse_prefix,
         }

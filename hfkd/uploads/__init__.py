@@ -8,14 +8,16 @@ from hfkd.uploads.base import (
     BASE,
     Base,
     adapter_config_for,
+    base_target,
     find_base,
     is_on_hub,
     no_base,
     read_adapter_config,
 )
 from hfkd.uploads.contents import masked_text
-from hfkd.uploads.files import INDEX, RUN, TOKENIZER, WEIGHTS, Upload, collect
-from hfkd.uploads.sending import Sent, Target, check, create_missing, send
+from hfkd.uploads.files import INDEX, RUN, TOKENIZER, WEIGHTS, Upload, collect, owned_by
+from hfkd.uploads.repositories import Sent, Target
+from hfkd.uploads.sending import check, create_missing, send
 from hfkd.uploads.words import HubError, check_repo_id
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "Target",
     "Upload",
     "adapter_config_for",
+    "base_target",
     "check",
     "check_repo_id",
     "collect",
@@ -39,6 +42,7 @@ __all__ = [
     "is_on_hub",
     "masked_text",
     "no_base",
+    "owned_by",
     "read_adapter_config",
     "send",
 ]

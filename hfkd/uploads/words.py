@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterator
 from email.utils import parsedate_to_datetime
 
-import httpx2
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
@@ -22,6 +21,8 @@ from hfkd.masking import MASK, mask_secrets
 LONGEST_WAIT = 300.0
 """Seconds: whoever is asked to wait longer is told so, and not kept waiting."""
 _PASSES = (408, 425, 429, 500, 502, 503, 504)
+CONFLICTS = (409, 412)
+"""What the hub answers where somebody else was faster."""
 _LONGEST_QUOTE = 300
 _AGAIN = (
     "What a repository gets comes in one commit, so nothing half is there. Run the same command again: what arrived "
@@ -72,17 +73,18 @@ def check_online() -> None:
 def status_of(error: BaseException) -> int | None:
     """The status of the hub's answer that an error is about; None where there was no answer."""
     for one in _chain(error):
-        if isinstance(one, HfHubHTTPError | httpx2.HTTPStatusError):
+        if isinstance(one, HfHubHTTPError) or _of_client(one, "HTTPStatusError"):
             return one.response.status_code
     return None
 
 
-def seconds_to_wait(error: BaseException, attempt: int) -> float | None:
+def seconds_to_wait(error: BaseException, attempt: int, shared: bool = False) -> float | None:
     """How long to wait before trying once more.
 
     Args:
         error: What went wrong.
         attempt: How often it was tried before, from 0.
+        shared: Whether somebody else may do the same at the same time, and doing it anew can help then.
 
     Returns:
         Seconds; None where trying again can't help.
@@ -93,12 +95,14 @@ def seconds_to_wait(error: BaseException, attempt: int) -> float | None:
     if status is not None:
         asked = _asked_for(error)
         wait = backoff if asked is None else asked
-        return wait if status in _PASSES and wait <= LONGEST_WAIT else None
-    lost = (httpx2.TransportError, ConnectionError, TimeoutError, json.JSONDecodeError)
-    return backoff if any(isinstance(one, lost) or _of_xet(one) for one in _chain(error)) else None
+        passes = status in _PASSES or (shared and status in CONFLICTS)
+        return wait if passes and wait <= LONGEST_WAIT else None
+    return backoff if any(map(_is_lost, _chain(error))) else None
 
 
-def in_words(error: BaseException, repo_id: str, token: str | None, who: str = "") -> Exception:
+def in_words(
+    error: BaseException, repo_id: str, token: str | None, who: str = "", given: bool = False, shared: bool = False
+) -> Exception:
     """An error of the hub's client as one that a user can act on.
 
     Args:
@@ -106,12 +110,21 @@ def in_words(error: BaseException, repo_id: str, token: str | None, who: str = "
         repo_id: What it was about.
         token: Mustn't be in the message, whatever its form.
         who: Whose token it is, in words.
+        given: Whether the caller gave the token, instead of the environment or a login.
+        shared: As for `seconds_to_wait`.
     """
     status, said = status_of(error), _said(error, token)
     quoted = f" The hub says: {said}" if said else ""
     if isinstance(error, LocalTokenNotFoundError):
         return HubError(f"There is no token to upload with. {_LOGIN}")
     if status is not None:
+        if shared and status in CONFLICTS:
+            return HubError(
+                f"{repo_id} was changed by somebody else each time that this was to be uploaded ({status}). Try again "
+                f"in a minute.{quoted}"
+            )
+        if status == 401:
+            return HubError(f"{_refused_token(given)}{quoted}")
         return HubError(_of_status(status, repo_id, who) + quoted)
     if seconds_to_wait(error, 0) is not None:
         return HubError(f"The connection to {constants.ENDPOINT} broke, again and again ({_name(error)}). {_AGAIN}")
@@ -122,11 +135,14 @@ def in_words(error: BaseException, repo_id: str, token: str | None, who: str = "
     return type(error)(said) if type(error) in (ValueError, OSError) else HubError(f"{_name(error)}: {said}")
 
 
+def _refused_token(given: bool) -> str:
+    where = " The one in HF_TOKEN was taken, which goes before a login." if os.environ.get("HF_TOKEN") else ""
+    where = " It is the one that was given with the call, not one of HF_TOKEN or a login." if given else where
+    return f"The hub refused the token (401): it is wrong, has expired or was revoked.{where} {_LOGIN}"
+
+
 def _of_status(status: int, repo_id: str, who: str) -> str:
     host = constants.ENDPOINT
-    if status == 401:
-        where = " The one in HF_TOKEN was taken, which goes before a login." if os.environ.get("HF_TOKEN") else ""
-        return f"The hub refused the token (401): it is wrong, has expired or was revoked.{where} {_LOGIN}"
     if status == 403:
         whose = f" It is that of {who}." if who else ""
         return (
@@ -140,10 +156,10 @@ def _of_status(status: int, repo_id: str, who: str) -> str:
             f"{repo_id} isn't there (404): it was deleted or renamed meanwhile, or the token may not see it. Run the "
             "same command again to have it made anew, or choose another name."
         )
-    if status in (409, 412):
+    if status in CONFLICTS:
         return (
-            f"{repo_id} is taken, or is being changed by somebody else ({status}): there is a repository of that name "
-            "which this token can't use. Choose another name, or try again in a minute."
+            f"{repo_id} is taken ({status}): there is a repository of that name which this token can't use. Choose "
+            "another name."
         )
     if status == 413:
         return (
@@ -184,6 +200,18 @@ def _asked_for(error: BaseException) -> float | None:
             continue
         return max(0.0, (date - datetime.datetime.now(date.tzinfo)).total_seconds())
     return None
+
+
+def _is_lost(error: BaseException) -> bool:
+    """Whether an error is of a connection that broke."""
+    if isinstance(error, ConnectionError | TimeoutError | json.JSONDecodeError):
+        return True
+    return _of_client(error, "TransportError") or _of_xet(error)
+
+
+def _of_client(error: BaseException, name: str) -> bool:
+    """Whether it is an error of the library below huggingface_hub, `httpx` or `httpx2` by its version."""
+    return any(one.__name__ == name and one.__module__.startswith("httpx") for one in type(error).__mro__)
 
 
 def _of_xet(error: BaseException) -> bool:

@@ -17,6 +17,7 @@ from launching import SHARDED, forget_choice, shard_on_cpu
 from training import ROWS, make_trainer
 
 from hfkd import LocalTeacher
+from hfkd.errors import VocabularyError
 from hfkd.eval.fidelity import measure_fidelity
 
 CASES = {"whole": {}, "shards": SHARDED}
@@ -41,8 +42,36 @@ def measured(folder: Path, processes: int, **settings: Any) -> dict[str, Any]:
     return reports
 
 
+class Ignorant(LocalTeacher):
+    """Has nothing to say of the second batch of the second process."""
+
+    asked = 0
+
+    def signal(self, *args: Any) -> Any:
+        self.asked += 1
+        if PartialState().process_index == 1 and self.asked == 2:
+            raise VocabularyError("id 300 isn't shared")
+        return super().signal(*args)
+
+
+def refused(folder: Path) -> str:
+    """What a process says when the rows of one of them can't be measured; training must go on all the same."""
+    teacher = Ignorant(make_model(seed=1))
+    trainer = make_trainer(
+        folder, teacher=teacher, demonstrations=[], per_device_eval_batch_size=4, ddp_backend="gloo", max_steps=1
+    )
+    try:
+        measure_fidelity(trainer, ROWS[:13])
+    except ValueError as error:
+        trainer.train()
+        return str(error)
+    return "nothing"
+
+
 def main(folder: Path) -> None:
     """Measure each case and save what came out."""
+    said = refused(folder / "refused")
+    (folder / f"refused-{PartialState().process_index}.txt").write_text(said)
     for case, settings in CASES.items():
         if settings:
             shard_on_cpu()

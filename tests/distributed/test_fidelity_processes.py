@@ -54,3 +54,8 @@ def test_two_processes_say_what_one_says(folder: Path, alone: dict[str, Any], ca
             assert report["texts"] == 13
             close(report, alone[stage])
     assert alone["after"]["forward_kl"] < alone["before"]["forward_kl"]
+
+
+def test_what_is_wrong_with_the_rows_of_one_process_is_said_by_all(folder: Path) -> None:
+    """One process gives the figures up and goes on to the training, the others wait for its share of a gather."""
+    assert [(folder / f"refused-{process}.txt").read_text() for process in range(2)] == ["id 300 isn't shared"] * 2

@@ -111,8 +111,8 @@ def _cell(figures: Mapping[str, Any], path: tuple[str, ...], interval: str | Non
         value = value.get(name) if isinstance(value, Mapping) else None
     if not isinstance(value, int | float):
         return "-"
-    low, high = figures.get(interval) or (None, None) if interval else (None, None)
+    low, high = (figures.get(interval) if interval else None) or (None, None)
     text = f"{value:.1%}" if share else f"{value:.3f}"
-    if low is None:
+    if low is None or low == high:  # of no width: it says nothing
         return text
     return escape(f"{text} [{low:.1%}, {high:.1%}]" if share else f"{text} [{low:.3f}, {high:.3f}]")

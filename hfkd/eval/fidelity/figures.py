@@ -8,7 +8,7 @@ alike. What they are computed with is `hfkd.eval.measures`; whether the answers 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -20,6 +20,8 @@ from hfkd.eval.fidelity.token_figures import SideFigures, TokenFigures
 from hfkd.eval.fidelity.walk import VOCABULARY, Walk, check_teacher
 from hfkd.trainer import DistillationTrainer
 
+_WORDS = {"agreement": "agreement", "forward_kl": "KL(teacher || student)", "reverse_kl": "KL(student || teacher)"}
+
 
 @dataclass
 class FidelityReport:
@@ -29,7 +31,8 @@ class FidelityReport:
         texts: How many were read.
         tokens: Supervised tokens in them.
         agreement: Share of tokens at which both find the same token likeliest.
-        agreement_interval: 95 % bootstrap over texts, as the other intervals.
+        agreement_interval: 95 % bootstrap over texts, as the other intervals; None of fewer than ten texts, and where
+            all texts are alike.
         agreement_when_teacher_wrong: The same share where the teacher's likeliest token isn't the text's; None where
             that never is.
         teacher_wrong: How many tokens those are.
@@ -51,13 +54,13 @@ class FidelityReport:
     texts: int
     tokens: int
     agreement: float
-    agreement_interval: list[float]
+    agreement_interval: list[float] | None
     agreement_when_teacher_wrong: float | None
     teacher_wrong: int
     forward_kl: float
-    forward_kl_interval: list[float]
+    forward_kl_interval: list[float] | None
     reverse_kl: float
-    reverse_kl_interval: list[float]
+    reverse_kl_interval: list[float] | None
     captured_mass: dict[str, float]
     entropy: dict[str, float]
     student: dict[str, Any]
@@ -138,13 +141,8 @@ def summarize(
     """
     _check_figures(figures)
     ours, theirs = figures.student, figures.teacher
-    wholes, intervals = np.unique(figures.text, return_counts=True)[1], {}
-    starts = np.cumsum(wholes) - wholes
-    for key, column in (
-        ("agreement", figures.agreed), ("forward_kl", figures.forward_kl), ("reverse_kl", figures.reverse_kl)
-    ):  # fmt: skip
-        sums = np.add.reduceat(column.astype(float), starts)
-        intervals[f"{key}_interval"] = list(measures.bootstrap(sums, wholes))
+    wholes = np.unique(figures.text, return_counts=True)[1]
+    intervals = _intervals(figures, wholes)
     entropies = _mean(ours.entropy), _mean(theirs.entropy)
     return FidelityReport(
         texts=len(wholes),
@@ -152,7 +150,7 @@ def summarize(
         **measures.agreement(figures.agreed, theirs.top == figures.target),
         forward_kl=_mean(figures.forward_kl),
         reverse_kl=_mean(figures.reverse_kl),
-        **intervals,
+        **{f"{key}_interval": ends for key, ends in intervals.items()},
         captured_mass={"k": top_k, "student": _mean(ours.mass), "teacher": _mean(theirs.mass)},
         entropy={"student": entropies[0], "teacher": entropies[1], "gap": entropies[0] - entropies[1]},
         student=_side(ours, figures.target),
@@ -160,8 +158,17 @@ def summarize(
         by_position=measures.by_position(figures.position, figures.agreed, figures.forward_kl),
         worst_tokens=measures.worst_tokens(figures.target, ours.top, theirs.top, figures.forward_kl, name=name),
         support=support,
-        notes=_notes(figures, len(wholes), support),
+        notes=[*_notes_on_support(figures, support), *_notes_on_intervals(intervals, len(wholes))],
     )
+
+
+def _intervals(figures: TokenFigures, wholes: np.ndarray) -> dict[str, list[float] | None]:
+    """By figure, over texts that have so many tokens; None where there is none to be given."""
+    starts, found = np.cumsum(wholes) - wholes, {}
+    for key in ("agreement", "forward_kl", "reverse_kl"):
+        column = figures.agreed if key == "agreement" else getattr(figures, key)
+        found[key] = measures.interval(np.add.reduceat(column.astype(float), starts), wholes)
+    return found
 
 
 def _side(side: SideFigures, targets: np.ndarray) -> dict[str, Any]:
@@ -178,18 +185,28 @@ def _side(side: SideFigures, targets: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _notes(figures: TokenFigures, texts: int, support: str) -> list[str]:
-    notes = []
-    if support != VOCABULARY:
-        unlisted = int(np.isnan(figures.teacher.log_prob).sum())
-        perplexity = f", nor the perplexity ({unlisted} tokens of the text aren't listed)" if unlisted else ""
-        notes.append(
-            f"The teacher is known by its {support}: divergences and entropies are of these, and no larger than those "
-            f"of the vocabulary; its Brier score can't be known{perplexity}."
-        )
-    if texts == 1:
-        notes.append("There is one text: the intervals say nothing.")
-    return notes
+def _notes_on_support(figures: TokenFigures, support: str) -> list[str]:
+    if support == VOCABULARY:
+        return []
+    unlisted = int(np.isnan(figures.teacher.log_prob).sum())
+    perplexity = f", nor the perplexity ({unlisted} tokens of the text aren't listed)" if unlisted else ""
+    return [
+        f"The teacher is known by its {support}: divergences and entropies are of these, and no larger than those "
+        f"of the vocabulary; its Brier score can't be known{perplexity}."
+    ]
+
+
+def _notes_on_intervals(intervals: Mapping[str, list[float] | None], texts: int) -> list[str]:
+    if texts < measures.FEWEST:
+        there = "There is one text" if texts == 1 else f"There are {texts} texts"
+        return [f"{there}: too few to say how far the figures may be off, so they have no intervals."]
+    alike = [_WORDS[key] for key, ends in intervals.items() if ends is None]
+    if not alike:
+        return []
+    return [
+        f"All texts have the same {' and '.join(alike)}: drawing them anew can't say how far that may be off, so it "
+        "has no interval."
+    ]
 
 
 def _check_figures(figures: TokenFigures) -> None:
@@ -229,5 +246,5 @@ def _figure(value: float | None, unit: str = "") -> str:
     return f"{value:.1%}" if unit == "%" else f"{value:.3f}"
 
 
-def _interval(ends: Sequence[float], unit: str = "") -> str:
-    return " to ".join(_figure(end, unit) for end in ends)
+def _interval(ends: Sequence[float] | None, unit: str = "") -> str:
+    return "" if ends is None else " to ".join(_figure(end, unit) for end in ends)

@@ -49,6 +49,7 @@ class Walk:
         self.support = VOCABULARY
         self.processes = PartialState().num_processes
         self._seen, self._checked = 0, False
+        self._error: ValueError | None = None
 
     def over(self, dataset: Any) -> TokenFigures:
         """Read all texts.
@@ -58,6 +59,9 @@ class Walk:
 
         Returns:
             The tokens of all processes, sorted by text, the same on each.
+
+        Raises:
+            ValueError: The rows of one of the processes can't be measured; on all of them.
         """
         with _unchanged_chance():
             dataloader = self.trainer.get_eval_dataloader(dataset)
@@ -66,6 +70,7 @@ class Walk:
                 self.trainer.teacher.meet(texts, training=False)
             with _same_epoch(texts), as_it_was(self.trainer), self._in_charge():
                 self.trainer.evaluation_loop(dataloader, "Fidelity", True, metric_key_prefix="fidelity")
+        self._raise_together()
         return join(gather_object(self.parts) if self.processes > 1 else self.parts)
 
     @contextmanager
@@ -93,27 +98,59 @@ class Walk:
         with torch.no_grad(), self.trainer.accelerator.autocast():
             # What leaves a wrapped forward may be changed by its hooks, so the columns leave beside it.
             done = run_inside(model, module, lambda *_: self._inside(module, batch, found), batch.student.input_ids)
-        self._keep(found[0], len(batch.student.labels))
+        if found:
+            self._keep(found[0], len(batch.student.labels))
         return done, None, None
 
     def _inside(self, module: nn.Module, batch: Batch, found: list[TokenFigures]) -> Tensor:
         teacher, flat = self.trainer.teacher, self.trainer.args.padding_free
-        if not self._checked:
-            check_head(module, batch.student, flat)
-            teacher.check_heads(lambda model: check_head(model, batch.teacher_view, flat))
-            self._checked = True
-        rows = teacher.signal(batch, frozenset({DISTRIBUTION})).rows
-        self._look_at(rows)
+        self._check_heads(module, batch)
+        with self._held_back():
+            rows = teacher.signal(batch, frozenset({DISTRIBUTION})).rows
+            self._look_at(rows)
         hidden, labels = run_view(module, batch.student, flat)
         student, layout = DenseRows(supervised(hidden, labels), Head.of(module)), RowLayout.of(batch.student.labels)
-        found.append(
-            figures_of(
-                *(student, rows, batch.student.targets, layout.sequence, layout.position),
-                top_k=self.top_k,
-                chunk_size=self.trainer.objective.chunk_size,
-            )
-        )
+        with self._held_back():
+            if self._error is None:
+                figures = figures_of(
+                    *(student, rows, batch.student.targets, layout.sequence, layout.position),
+                    top_k=self.top_k,
+                    chunk_size=self.trainer.objective.chunk_size,
+                )
+                found.append(figures)
         return torch.zeros((), device=hidden.device)
+
+    @contextmanager
+    def _held_back(self) -> Iterator[None]:
+        """Keep what is wrong with the rows of this process until the loop is over: the others run forwards, and gather
+        what came out, together with it.
+        """
+        try:
+            yield
+        except ValueError as error:
+            if self.processes == 1:
+                raise
+            self._error = self._error or error
+
+    def _raise_together(self) -> None:
+        """Raise what any process held back."""
+        if self.processes == 1:
+            return
+        said = gather_object([None if self._error is None else str(self._error)])
+        if self._error is not None:
+            raise self._error
+        if words := next(filter(None, said), None):
+            raise ValueError(words)
+
+    def _check_heads(self, module: nn.Module, batch: Batch) -> None:
+        """As the trainer does before its first step, which takes as long as a batch; so one of the two does it."""
+        trainer, flat = self.trainer, self.trainer.args.padding_free
+        both = trainer._heads_checked and bool(trainer.objective.needs)
+        if not (self._checked or both):
+            check_head(module, batch.student, flat)
+            trainer.teacher.check_heads(lambda model: check_head(model, batch.teacher_view, flat))
+            trainer._heads_checked = True
+        self._checked = True
 
     def _look_at(self, rows: TeacherRows | None) -> None:
         """Refuse rows that the figures can't be taken from, and note those that are known in part."""

@@ -48,6 +48,8 @@ class AnswerAgreement(inputs.CheckedMetric):
             raise ValueError(
                 f"There are {len(gold)} gold answers and {len(pairs)} predictions; expected one for each."
             )
+        if any(right is None or right != right for right in gold):  # NaN differs from itself
+            raise ValueError("A gold answer is None or NaN; expected a text or a number for each prediction.")
         student_right, teacher_right = (
             [match(answer, str(right), tolerance) for answer, right in zip(side, gold, strict=True)]
             for side in (predictions, references)

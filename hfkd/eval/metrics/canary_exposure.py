@@ -32,13 +32,11 @@ class CanaryExposure(inputs.CheckedMetric):
         return inputs.describe(self.__doc__, _INPUTS, _CITATION, predictions="float64", references="int64")
 
     def _compute(self, predictions: Any, references: Any) -> dict[str, Any]:
-        inputs.require(predictions, "predictions")
+        values = inputs.numbers_of(predictions, "predictions")
         marks = np.asarray(references)
         if not np.isin(marks, (0, 1)).all() or not marks.any():
             raise ValueError(
                 "references must be 1 for what was inserted and 0 for the other candidates, and at least one was "
                 f"inserted; got {marks[:5].tolist()}…"
             )
-        if np.isnan(np.asarray(predictions, dtype=float)).any():
-            raise ValueError("predictions hold NaN; expected the log-perplexity of each candidate, in nats.")
-        return exposure(predictions, marks)
+        return exposure(values, marks)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import evaluate
-import numpy as np
 
 from hfkd.eval.measures import RESAMPLES, forgetting
 from hfkd.eval.metrics import inputs
@@ -18,8 +17,8 @@ Args:
     seed: Of the draws.
 
 Returns:
-    The means `before` and `after`, `change` and its 95 % `change_interval` (paired bootstrap), and of `items` how many
-    fell (`lost`) and rose (`gained`).
+    The means `before` and `after`, `change` and its 95 % `change_interval` (paired bootstrap; None of fewer than ten
+    items, and where all moved alike), and of `items` how many fell (`lost`) and rose (`gained`).
 """
 
 
@@ -30,7 +29,5 @@ class Forgetting(inputs.CheckedMetric):
         return inputs.describe(self.__doc__, _INPUTS, predictions="float64", references="float64")
 
     def _compute(self, predictions: Any, references: Any, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, Any]:
-        inputs.require(predictions, "predictions")
-        if not (np.isfinite(predictions).all() and np.isfinite(references).all()):
-            raise ValueError("A score isn't a finite number; expected one for each item, before and after.")
-        return forgetting(predictions, references, resamples=resamples, seed=seed)
+        after, before = inputs.numbers_of(predictions, "predictions"), inputs.numbers_of(references, "references")
+        return forgetting(after, before, resamples=resamples, seed=seed)

@@ -9,6 +9,7 @@ import evaluate
 import numpy as np
 import torch
 from datasets import Features, List, Value
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hfkd.rows import LOWEST
@@ -72,7 +73,8 @@ def log_probs_of(rows: Sequence[Any], name: str) -> Tensor:
         [n, V], in float32.
 
     Raises:
-        ValueError: There are none, they are of unequal length, hold NaN, or are probabilities themselves.
+        ValueError: There are none, they are of unequal length, hold what is no number, or are probabilities
+            themselves.
     """
     require(rows, name)
     widths = sorted({len(row) for row in rows})
@@ -81,8 +83,10 @@ def log_probs_of(rows: Sequence[Any], name: str) -> Tensor:
             f"The rows of {name} have {widths[0]} to {widths[-1]} entries; expected the same ids in all of them."
         )
     values = torch.from_numpy(np.asarray(rows, dtype=np.float32))
-    if bool(values.isnan().any()):
-        raise ValueError(f"{name} holds NaN; expected log-probabilities or logits.")
+    if bool(values.isnan().any()) or bool((values == torch.inf).any()):
+        raise ValueError(f"{name} holds NaN or infinity; expected log-probabilities or logits.")
+    if bool((values == -torch.inf).all(dim=-1).any()):
+        raise ValueError(f"A row of {name} rules out all ids, so it is no distribution; expected one id with a logit.")
     if widths[0] > 1 and bool((values >= 0).all()) and bool(((values.sum(dim=-1) - 1).abs() < _SUM_TOLERANCE).all()):
         raise ValueError(
             f"The rows of {name} are at least 0 and sum to 1: these are probabilities. Pass their logarithms, or the "
@@ -128,6 +132,8 @@ def ids_of(values: Sequence[int] | None, name: str, count: int, vocab_size: int 
     """
     if values is None:
         raise ValueError(f"This metric needs {name}=, one token id for each of the {count} predictions.")
+    if any(value is None for value in values):
+        raise ValueError(f"{name} holds None; expected one token id for each of the {count} predictions.")
     ids = torch.as_tensor(np.asarray(values, dtype=np.int64))
     if ids.shape != (count,):
         raise ValueError(
@@ -139,6 +145,29 @@ def ids_of(values: Sequence[int] | None, name: str, count: int, vocab_size: int 
             "Leave out positions that aren't learned (-100)."
         )
     return ids
+
+
+def numbers_of(values: Sequence[float], name: str, lowest: float | None = None) -> NDArray[np.float64]:
+    """Numbers.
+
+    Args:
+        values: n of them.
+        name: Of the input, for messages.
+        lowest: What minus infinity counts as; None refuses it.
+
+    Returns:
+        [n], all finite.
+
+    Raises:
+        ValueError: There are none, or one is None, NaN or infinite.
+    """
+    require(values, name)
+    numbers = np.asarray(values, dtype=float)
+    if lowest is not None:
+        numbers = np.where(numbers == -np.inf, lowest, numbers)
+    if wrong := int((~np.isfinite(numbers)).sum()):
+        raise ValueError(f"{wrong} of {len(numbers)} {name} aren't finite numbers (None, NaN or infinity).")
+    return numbers
 
 
 def require(values: Sequence[Any], name: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import evaluate
-import numpy as np
 
 from hfkd.eval.measures import agreement, chance_agreement
 from hfkd.eval.metrics import inputs
@@ -31,7 +30,10 @@ class TokenAgreement(inputs.CheckedMetric):
 
     def _compute(self, predictions: Any, references: Any, gold: Any = None) -> dict[str, Any]:
         inputs.require(predictions, "predictions")
-        student, teacher = np.asarray(predictions), np.asarray(references)
+        student, teacher = (
+            inputs.ids_of(ids, name, len(predictions)).numpy()
+            for ids, name in ((predictions, "predictions"), (references, "references"))
+        )
         figures = {"tokens": len(student), "chance": chance_agreement(student, teacher)}
         if gold is None:
             return agreement(student == teacher) | figures
