@@ -1,4 +1,4 @@
-"""What the tests of `hfkd evaluate` share: a working folder with a recipe of a second's length, and short ways to call."""
+"""What the tests of `hfkd evaluate` share: a working folder with a short recipe, and short ways to call."""
 
 from __future__ import annotations
 

@@ -86,7 +86,19 @@ def test_an_interval_without_zero_is_not_enough() -> None:
     """A bootstrap of four items that changed leaves 0 out; the exact test says that it may be chance."""
     report = whole_report()
     report["differences"] = [difference(8, 0.0833, (0.02, 0.167)) | {"p_value": 0.125}]
-    assert f"Before and after training: {MINUS} (with 8 demonstrations" in limits_of(whole_run(), report)
+    said = limits_of(whole_run(), report)
+    assert f"Before and after training: {MINUS} (with 8 demonstrations" in said
+    assert "+8.3 (+2.0 to +16.7) points, p 0.125)" in said, "the reader sees why"
+
+
+def test_changes_that_are_all_the_same_have_no_interval() -> None:
+    """`+0.0 (+0.0 to +0.0)` reads as if it were certain that nothing was forgotten."""
+    report = whole_report()
+    report["differences"] = [difference(8, 0.0, (0.0, 0.0)), difference(0, 1.0, (1.0, 1.0)) | {"p_value": 0.5}]
+    text = build_card(whole_run(), report)
+    assert "| 8 | +0.0 (no interval: no item changed) | 0.300 |" in text
+    assert "| 0 | +100.0 (no interval: each item changed) | 0.500 |" in text
+    assert f"Before and after training: {MINUS} (with 0 demonstrations" in text, "two items that changed prove nothing"
 
 
 def test_a_task_of_the_same_name_is_another_task() -> None:
@@ -124,6 +136,9 @@ def test_both_read_prompts_of_their_own() -> None:
     run["data"]["privileged_context"] = {"rows": 0}
     text = build_card(run, report)
     assert "Both read the same text before each token." in text and "it read the same prompts as the student." in text
+    del run["data"]["privileged_context"]
+    data["whole_text"] = True
+    assert "Both read the same text before each token." in build_card(run, report), "a whole text is read by both"
 
 
 def test_a_context_that_the_teacher_alone_reads_is_told() -> None:

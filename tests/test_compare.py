@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import typer
+import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -232,3 +233,94 @@ def test_a_damaged_report_is_named(tmp_path: Path) -> None:
     (one / "report.json").write_text("[1]")
     with pytest.raises(ValueError, match="report.json is damaged"):
         load_sides([one])
+
+
+def test_no_answer_is_not_the_same_answer(tmp_path: Path) -> None:
+    """Two collapsed models that say nothing agree on everything, which reads as two models that are alike."""
+    silent = [{**line, "prediction": "", "right": False} for line in lines("000")]
+    one, other = (
+        run(tmp_path, "a", [*silent, *lines("1", first=9)]),
+        run(tmp_path, "b", [*silent, *lines("1", first=9)]),
+    )
+    found = compare_sides(load_sides([one, other]))
+    assert found["rows"][0]["answer_agreement"]["both_unanswered"] == 3
+    assert "on 3 of 4 items neither a nor b gave an answer" in " ".join(found["warnings"])
+    spoken = compare_sides(load_sides([run(tmp_path, "c", lines("10")), run(tmp_path, "d", lines("10"))]))
+    assert "neither" not in " ".join(spoken["warnings"])
+
+
+def test_a_task_is_not_compared_with_another_one(tmp_path: Path) -> None:
+    """One item that happens to be in both would stand as the forgetting of a run that was never asked."""
+    mine = run(tmp_path, "x", lines("10", task="main"), lines("00", task="forget", first=1))
+    found = compare_sides(load_sides([mine, run(tmp_path, "y", lines("11", task="main"))]))
+    assert [row["task"] for row in found["rows"]] == ["main"]
+    assert "y has nothing like forget, 0-shot." in found["warnings"]
+    both = run(tmp_path, "z", lines("111", task="main"), lines("11", task="forget", first=2))
+    rows = compare_sides(load_sides([mine, both]))["rows"]
+    assert [(row["task"], row["shared"]) for row in rows] == [("main", 2), ("forget", 1)], "its own name goes first"
+
+
+def test_another_name_is_said(tmp_path: Path) -> None:
+    """Whether a renamed task is the same one is for the reader to judge."""
+    runs = [run(tmp_path, "x", lines("10", task="verbs")), run(tmp_path, "y", lines("11", task="words"))]
+    found = compare_sides(load_sides(runs))
+    assert "what x calls verbs is compared with what y calls words" in " ".join(found["warnings"])
+
+
+def asked(folder: Path, **evaluation: object) -> Path:
+    """Write how a run asked its questions into its folder."""
+    recipe = {
+        "data": {"prompt": {"question": "Q: {prompt}", "stop": ["\n"]}},
+        "evaluation": {"extract": "text", "max_new_tokens": 16, "seed": 0, "forgetting": [{"extract": None}]}
+        | evaluation,
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (folder / "report.json").write_text(json.dumps({"forgetting": [{"task": "other", "k_shot": {"after": {"0": 1}}}]}))
+    return folder
+
+
+def test_another_way_of_asking_is_said(tmp_path: Path) -> None:
+    """A limit of 4 tokens instead of 16, or another way to read an answer, looks like a worse model."""
+    parts = [lines("10"), lines("11", task="other", first=50)]
+    one, same = (asked(run(tmp_path, name, *parts)) for name in ("a", "same"))
+    words = "a and b were asked in other ways, which may be all that differs: "
+    assert not [line for line in compare_sides(load_sides([one, same]))["warnings"] if "other ways" in line]
+    for change, told in (
+        ({"max_new_tokens": 4}, "evaluation.max_new_tokens is 16 and 4."),
+        ({"extract": "number", "forgetting": [{"extract": "text"}]}, "evaluation.extract is 'text' and 'number'."),
+        ({"forgetting": [{"extract": "number"}]}, "evaluation.extract is 'text' and 'number'."),
+    ):
+        other = asked(run(tmp_path, "b", *parts), **change)
+        for second in (other, other / "predictions.jsonl"):
+            warnings = compare_sides(load_sides([one, second]))["warnings"]
+            assert [line for line in warnings if "other ways" in line] == [words + told]
+    reseeded = asked(run(tmp_path, "b", *parts), seed=1)
+    assert "other ways" not in " ".join(compare_sides(load_sides([one, reseeded]))["warnings"]), "no demonstrations"
+    shots = [asked(run(tmp_path, name, lines("10", shots=2), parts[1]), seed=n) for n, name in enumerate("ab")]
+    assert words + "evaluation.seed is 0 and 1." in compare_sides(load_sides(shots))["warnings"]
+
+
+def test_the_files_of_hfkd_evaluate_say_how_they_asked(tmp_path: Path) -> None:
+    """Two files of other settings are compared as easily as two folders, and a file with a folder."""
+    paths = []
+    for number, name in enumerate("xy"):
+        results = Results(tmp_path / f"{name}.json", {"after": "w"})
+        way = {"evaluation.max_new_tokens": 16 + number, "data.prompt.question": "Q: {prompt}"}
+        results.put("after", "k_shot", "f", {"predictions": lines("10"), "asked": way}, 1.0)
+        paths.append(results.path)
+    told = " ".join(compare_sides(load_sides(paths))["warnings"])
+    assert "evaluation.max_new_tokens is 16 and 17." in told
+    folder = asked(run(tmp_path, "z", lines("10"), lines("1", task="other", first=5)))
+    assert "max_new_tokens is 17 and 16." in " ".join(compare_sides(load_sides([paths[1], folder]))["warnings"])
+
+
+def test_tasks_of_one_name_are_not_one_task(tmp_path: Path) -> None:
+    """What was trained and what was forgotten, in one figure, is the figure of neither."""
+    merged = asked(run(tmp_path, "a", lines("111", task="ds"), lines("00", task="ds", first=50)))
+    with pytest.raises(ValueError, match=r"has 2 tasks under 1 names \(ds\).*hfkd evaluate .* --base --json FILE"):
+        load_sides([merged, merged])
+    results = Results(tmp_path / "both.json", {"after": "w"})
+    results.put("after", "k_shot", "f", {"predictions": lines("111", task="ds")}, 1.0)
+    results.put("after", "forgetting.ds", "f", {"predictions": lines("00", task="ds", first=50)}, 1.0)
+    rows = compare_sides(load_sides([results.path, results.path]))["rows"]
+    assert [(row["task"], row["shared"]) for row in rows] == [("ds", 3), ("ds (forgetting.ds)", 2)]

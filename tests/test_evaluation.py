@@ -153,6 +153,19 @@ def test_both_stages_of_a_file_can_be_compared(folder: Path) -> None:
     assert found["first"] == "before" and [row["side"] for row in found["rows"]] == ["after"]
 
 
+def test_a_run_and_its_evaluation_were_asked_alike(folder: Path) -> None:
+    """A note about other ways of asking that stands under every comparison is read by nobody."""
+    train(*SHORT)
+    evaluate(recipe="out/recipe.yaml", run_folder=Path("out"), json_path=Path("same.json"))
+    other = {"recipe": "out/recipe.yaml", "run_folder": Path("out"), "json_path": Path("other.json")}
+    evaluate("evaluation.max_new_tokens=2", **other)
+    same = compare_sides(load_sides([Path("out"), Path("same.json")]))
+    assert not [line for line in same["warnings"] if "other ways" in line]
+    assert {row["task"]: row["difference"] for row in same["rows"]} == {"verbs.jsonl": 0.0, "other": 0.0}
+    told = " ".join(compare_sides(load_sides([Path("out"), Path("other.json")]))["warnings"])
+    assert "evaluation.max_new_tokens is 3 and 2." in told
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -1,4 +1,4 @@
-"""`hfkd evaluate` and where things are from: the teacher that taught, the rows and the model of a run, own code, versions."""
+"""`hfkd evaluate` and what a result is of: the teacher that taught, rows and model of a run, own code, versions."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def test_own_code_that_decides_nothing(folder: Path, asked: list[str], monkeypat
 @pytest.mark.parametrize(
     "setting",
     [
-        *("report_to=wandb", "tf32=true", "deepspeed=nowhere.json", "optim=adamw_bnb_8bit", "push_to_hub=true"),
+        *("report_to=wandb", "tf32=true", "deepspeed=nowhere.json", "optim=adamw_bnb_8bit"),
         "load_best_model_at_end=true",
     ],
 )

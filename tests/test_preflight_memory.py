@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -13,17 +14,22 @@ import pytest
 import torch
 import yaml
 from conftest import make_model, make_tokenizer
+from rich.console import Console
 from transformers import LlamaConfig
 
 import hfkd.preflight.memory
 from hfkd.data.prompts import PromptBuilder
+from hfkd.eval.fidelity import measure_fidelity
 from hfkd.preflight.ghosts import Ghosts, Ledger
 from hfkd.preflight.memory import CannotEstimate, Estimate, available_bytes, chunk_size_that_fits, estimate
 from hfkd.preflight.rehearsal import _Step
+from hfkd.preflight.room import check_room, measure_room
 from hfkd.recipe import load_recipe
 from hfkd.run.build import Run, make_sources, settings_of
 from hfkd.run.models import load_student, load_tokenizer, make_teacher, prepare_teacher
 from hfkd.run.rows import load_data
+from hfkd.run.texts import held_out_views
+from hfkd.run.training import make_trainer
 from hfkd.sharding import Launch
 
 SCRIPT = Path(__file__).with_name("measured_training.py")
@@ -234,6 +240,78 @@ def test_the_prefix_is_counted(small: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert length >= 32 and of(found)["prefix cache"] == keys_and_values
     without = tiny(small, "no-prefix", **{"data.demonstrations": {"count": 3}, "teacher.reuse_prefix": False})
     assert "prefix cache" not in of(estimate(unloaded(without, monkeypatch)))
+
+
+ASKED = {"evaluation": {"shots": [0], "size": 4, "max_new_tokens": 4}, "training.per_device_train_batch_size": 1}
+
+
+@pytest.mark.parametrize("kind", ["fidelity", "evaluation in training"])
+def test_held_out_texts_are_counted(small: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Fidelity comes before the first step and reads more texts at once: a run that learns from one text at a time ends
+    there, after a check that passed.
+    """
+    changes = {**ASKED, "data.demonstrations": {"count": 0}, "training.activation_checkpointing": True}
+    if kind != "fidelity":
+        changes |= {"evaluation": {**ASKED["evaluation"], "fidelity": False}}
+        changes |= {"training.eval_strategy": "steps", "training.eval_steps": 1}
+    run = unloaded(tiny(small, kind.replace(" ", "-"), **changes), monkeypatch)
+    found = estimate(run)
+    assert found.rehearsed and (found.figures["rows"], found.figures["evaluation_rows"]) == (1, 4)
+    assert of(found)["evaluation"] > 0, "it is the peak of this run"
+    assert most(found)["evaluation"] == pytest.approx(really_read(run, kind == "fidelity"), rel=0.15)
+    fewer = {**changes, "training.per_device_eval_batch_size": 1}
+    less = estimate(unloaded(tiny(small, f"{kind.replace(' ', '-')}-1", **fewer), monkeypatch))
+    assert most(less)["evaluation"] < 0.4 * most(found)["evaluation"] and less.total < found.total
+
+
+def most(found: Estimate) -> dict[str, int]:
+    """Bytes by part, each at its most."""
+    return {part.name: part.most for part in found}
+
+
+def really_read(run: Run, fidelity: bool) -> float:
+    """The bytes of what a trainer makes of the held-out texts, over what it holds."""
+    run.model, run.teacher = load_student(run.recipe, 0), make_teacher(run.recipe)
+    prepare_teacher(run.recipe, run.teacher, run.model, run.tokenizer, Launch(torch.device("cpu")))
+    trainer = make_trainer(run, run.train[:2], run.model, run.teacher, run.objective, run.config, run.evaluation.items)
+    texts = held_out_views(run, run.evaluation.items, run.teacher, run.objective)
+    ledger = Ledger()
+    with Ghosts(ledger, real=True):
+        if fidelity:
+            measure_fidelity(trainer, texts)
+        else:
+            trainer._heads_checked = True  # a look at a few logits, once
+            trainer.evaluate(texts)
+    return max(sum(ledger.peak.values()), sum(ledger.live.values()))
+
+
+def test_all_who_write_are_counted(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another task's prompts may be the longest, and a larger teacher takes more for its own answers than the student:
+    both are asked before training, at the evaluation's batch size.
+    """
+    (small / "long.jsonl").write_text(json.dumps({"prompt": "walk " * 80, "completion": "walked"}) + "\n")
+    changes = {**ASKED, "data.demonstrations": {"count": 0}}
+    alone = unloaded(tiny(small, "alone", **changes), monkeypatch)
+    other = {"path": "long.jsonl", "size": 1, "demonstrations": 0, "split": "train"}
+    changes["evaluation"] = {**ASKED["evaluation"], "forgetting": [other]}
+    both = unloaded(tiny(small, "both", **changes), monkeypatch)
+    ours, theirs = (list(hfkd.preflight.memory._Plan(run, 1)._writings()) for run in (alone, both))
+    assert [(one.teacher, one.early, one.rows) for one in ours] == [(False, False, 4), (True, True, 4)]
+    assert theirs[0].length > 80 > ours[0].length and theirs[1] == ours[1]
+    cached = unloaded(
+        tiny(small, "own", **{**changes, "teacher": {"kind": "self"}, "student.lora": LORA}), monkeypatch
+    )
+    assert [one.teacher for one in hfkd.preflight.memory._Plan(cached, 1)._writings()] == [False]
+
+
+def test_what_to_lower_is_what_the_peak_is_made_of(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Advice that doesn't lower the peak costs another night."""
+    run = unloaded(tiny(small, "lower", **ASKED, **{"training.activation_checkpointing": True}), monkeypatch)
+    monkeypatch.setattr(hfkd.preflight.memory, "available_bytes", lambda *_: 1000)
+    (finding,) = check_room(run, measure_room(run, 1), Console(file=io.StringIO()))
+    assert finding.level == "error" and "while held-out texts are read" in finding.message
+    assert "lower training.per_device_eval_batch_size (it is 8" in finding.message
+    assert "per_device_train_batch_size" not in finding.message
 
 
 def test_the_longest_texts_count(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,6 +112,17 @@ def test_is_there_anything_to_distil(teacher: list[str], student: list[str], lev
     assert finding.figures["constant"] == 0.5 and "±" in finding.message
 
 
+@pytest.mark.parametrize("right", [0, 1, 2, 31])
+def test_answers_of_which_each_is_another(right: int) -> None:
+    """Where each answer occurs once, one of them is right as often as a teacher that is right once: by chance."""
+    golds = [f"answer {number}" for number in range(32)]
+    items = Items([{"answer": gold} for gold in golds], "held-out items", "text", 0.0, 4, judged=True)
+    student = Asked(score(0, ["no"] * 32, golds), 1.0)
+    teacher = Asked(score(0, golds[:right] + ["no"] * (32 - right), golds), 1.0)
+    (finding,) = judge(items, student, {"teacher": teacher})
+    assert finding.level == ("pass" if right == 31 else "warning")
+
+
 TERMS = [[{"kind": kind}] for kind in DEFINITIONS]
 TERMS += [[{"kind": "forward_kl", "weight": 0.5, "temperature": 2.0}, {"kind": "cross_entropy", "weight": 0.3}]]
 
@@ -131,6 +142,17 @@ def test_several_teachers_by_hand(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, teacher=MixtureTeacher(members, {"large": 3.0, "own": 1.0}))
     (finding,) = compare_paths(trainer)
     assert finding.level == "pass" and finding.figures["compared"] and finding.figures["trainer"] > 1e-3
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.1])
+def test_mixed_precision_by_two_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
+    """A plain path in float32 finds every run in bf16 wrong; one that allows for anything finds none."""
+    trainer = make_trainer(tmp_path, objective=TERMS[-1], teacher=LocalTeacher(make_model(seed=1)), bf16=True)
+    whole = trainer.compute_loss
+    monkeypatch.setattr(trainer, "compute_loss", lambda *args: whole(*args) * factor)
+    (finding,) = compare_paths(trainer)
+    assert finding.level == ("pass" if factor == 1.0 else "error") and "rounding of bfloat16" in finding.message
+    assert finding.figures["precision"] == "bfloat16" and finding.figures["tolerance"] > 1e-4
 
 
 @pytest.mark.parametrize("fault", ["loss", "gradient", "prefix"])

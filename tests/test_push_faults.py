@@ -5,10 +5,13 @@ from __future__ import annotations
 import datetime
 import io
 import re
+import subprocess
+import sys
 import traceback
 from collections.abc import Iterator
 from email.utils import format_datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import typer
@@ -21,7 +24,7 @@ from typer.testing import CliRunner
 
 from hfkd.cli.push import push as command
 from hfkd.hub import HubError, push
-from hfkd.uploads.words import seconds_to_wait
+from hfkd.uploads.words import seconds_to_wait, status_of
 
 OFTEN = 1000
 
@@ -235,6 +238,24 @@ def test_files_that_the_repository_ignores(hub: Hub, folder: Path) -> None:
     made.commit("ignore", {**made.at()["files"], ".gitignore": File(b"model.safetensors\n", False)})
     with pytest.raises(HubError, match=r"hasn't taken model.safetensors: its .gitignore"):
         quietly(folder)
+
+
+def test_no_library_is_imported_that_is_not_declared() -> None:
+    """huggingface_hub 1 speaks by `httpx` and 2 by `httpx2`: an import of either takes hfkd from half the users."""
+    code = "import sys; sys.modules['httpx2'] = sys.modules['httpx'] = None; import hfkd.uploads.words"
+    known = "from huggingface_hub import errors, constants, utils; "
+    assert not subprocess.run([sys.executable, "-c", known + code], check=False).returncode
+
+
+@pytest.mark.parametrize("library", ["httpx", "httpx2._exceptions"])
+def test_errors_of_either_library_are_known(library: str) -> None:
+    """A broken connection that isn't known for one is not tried again."""
+    kind = type("TransportError", (Exception,), {"__module__": library})
+    lost = type("ConnectTimeout", (kind,), {"__module__": library})
+    assert seconds_to_wait(lost("x"), 1) == 4
+    refused = type("HTTPStatusError", (Exception,), {"__module__": library})("x")
+    refused.response = SimpleNamespace(status_code=503, headers={})
+    assert status_of(refused) == 503 and seconds_to_wait(refused, 0) == 2
 
 
 def test_errors_of_the_machine_are_not_the_hubs(hub: Hub, folder: Path) -> None:

@@ -14,7 +14,7 @@ from hub_server import Fault, File, Hub, hub_for
 from peft import AutoPeftModelForCausalLM
 from runs import SECRET, logits
 from training import make_trainer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from hfkd.uploads import HubError
 
@@ -100,6 +100,38 @@ def test_a_card_that_is_there_stays(hub: Hub, tmp_path: Path) -> None:
     (folder / "README.md").write_text("---\nlicense: mit\n---\n\n# Mine\n")
     trainer.push_to_hub()
     assert hub.files("me/it")["README.md"] == b"---\nlicense: mit\n---\n\n# Mine\n"
+
+
+def test_a_card_that_was_completed_on_the_hub_stays(hub: Hub, tmp_path: Path) -> None:
+    """Trainer's card asks to be completed, and people do that in the hub's editor."""
+    trainer = trainer_for(tmp_path / "out")
+    trainer.push_to_hub()
+    there = hub.repositories["model", "me/it"]
+    assert b"generated automatically" in hub.files("me/it")["README.md"]
+    words = b"---\nlibrary_name: peft\n---\n\n# Completed\n"
+    there.commit("by hand", {**there.at()["files"], "README.md": File(words, False)})
+    (tmp_path / "out" / "README.md").unlink()
+    trainer.push_to_hub()
+    assert hub.files("me/it")["README.md"] == words
+
+
+def test_a_tracker_publishes_nothing_before_the_push_is_right(hub: Hub, tmp_path: Path) -> None:
+    """Trackio puts its page out at this call: it was there, for all, while the push itself was refused."""
+    seen: list[bool] = []
+
+    class Tracker(TrainerCallback):
+        def on_push_begin(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
+            seen.append(args.hub_private_repo)
+
+    trainer = make_trainer(
+        tmp_path / "out", model=make_model(seed=0), hub_model_id="me/zz", max_steps=1, callbacks=[Tracker()]
+    )
+    with pytest.raises(ValueError, match="a model without a name"):
+        trainer.push_to_hub()
+    assert not seen
+    trainer.model.peft_config["default"].base_model_name_or_path = "me/base"
+    trainer.push_to_hub()
+    assert seen == [True]
 
 
 def test_a_push_that_fails_ends_no_training(hub: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from hfkd import DistillationConfig
 from hfkd.cli.main import app
+from hfkd.hub import plan_push
 from hfkd.masking import safe_command, shareable, shareable_text
 from hfkd.recipe import RecipeError, load_recipe
 from hfkd.record import RunRecord
@@ -113,6 +114,9 @@ def test_a_run_leaves_no_secret(desk: Path, hfkd: Callable[..., str]) -> None:
     assert {"run.json", "report.json", "recipe.yaml", "README.md"} <= names
     assert found_in(desk / "out") == []
     assert not [name for name, text in SECRETS.items() if text in printed]
+    sent = {one.path: one for one in plan_push(desk / "out", base="me/base")}
+    assert {"report.html", "adapter_model.safetensors", "README.md", "plots/loss.png"} <= set(sent)
+    assert sent["report.html"].content == desk / "out" / "report.html", "the page of a run is changed"
 
 
 def test_a_cache_leaves_no_secret(desk: Path, hfkd: Callable[..., str]) -> None:
@@ -179,6 +183,20 @@ def test_broken_yaml_shows_no_secret(desk: Path, hfkd: Callable[..., str]) -> No
     with pytest.raises(RecipeError) as caught:
         load_recipe("broken.yaml")
     assert SECRETS["command"] not in str(caught.value)
+
+
+def test_what_a_run_makes_on_the_hub_is_private(tmp_path: Path) -> None:
+    """A tracker makes its page as the model's repository is made: where nothing was said, completions were public."""
+    assert DistillationConfig(str(tmp_path), use_cpu=True).hub_private_repo is True
+    assert DistillationConfig(str(tmp_path), use_cpu=True, hub_private_repo=False).hub_private_repo is False
+
+
+def test_no_tracker_is_said_in_several_ways(tmp_path: Path) -> None:
+    """ "Names 'none'; expected none" sends nobody the right way."""
+    for none in (None, "none", ["none"], []):
+        assert DistillationConfig(str(tmp_path), use_cpu=True, report_to=none).report_to == []
+    with pytest.raises(ValueError, match="'none' stands alone or not at all"):
+        DistillationConfig(str(tmp_path), use_cpu=True, report_to=["tensorboard", "none"])
 
 
 @pytest.mark.parametrize("settings", [{"hub_token": "secret"}, {"model_init_kwargs": {"token": "secret"}}])

@@ -32,6 +32,10 @@ class Difference(NamedTuple):
         return not self.low <= 0 <= self.high and (self.p_value is None or self.p_value < _CHANCE)
 
     def __str__(self) -> str:
+        if (
+            self.low >= self.high
+        ):  # a bootstrap of changes that are all the same has no width, and that is no certainty
+            return f"{100 * self.share:+.1f} (no interval: {'no item' if not self.share else 'each item'} changed)"
         return f"{100 * self.share:+.1f} ({100 * self.low:+.1f} to {100 * self.high:+.1f})"
 
 
@@ -75,6 +79,10 @@ def difference_rows(
     return (["shots", *heads], rows) if rows else ([], [])
 
 
+def _chance(one: Difference) -> str:
+    return "" if one.p_value is None else f", p {_cells(one)[1]}"
+
+
 def _cells(one: Difference | None) -> tuple[str, str]:
     if one is None:
         return "-", "-"
@@ -99,7 +107,7 @@ def _compared(report: Mapping[str, Any], task: str, details: Mapping[str, Any], 
         words = f"with {demonstrations(shots)} {then.share:.1%} {_SIDES[start][0]}, {now.share:.1%} {_SIDES[start][1]}"
         share = now.share - then.share
         if known is not None:
-            share, words = known.share, f"{words}, {known} points"
+            share, words = known.share, f"{words}, {known} points{_chance(known)}"
         apart = known.is_shown if known else now.low > then.high or then.low > now.high
         yield _Compared("" if not apart else "better" if share > 0 else "worse", share, known is not None, words)
 

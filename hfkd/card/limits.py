@@ -104,7 +104,7 @@ def _left_out(run: Mapping[str, Any]) -> Iterator[str]:
             "to."
         )
     if (rows := count(run, "data.train.rows")) and rows < 1000:
-        yield f"It was trained on {rows} rows of one task; other wordings of that task were not tried."
+        yield f"It was trained on {rows} rows of one source; wordings and tasks that are unlike them were not tried."
 
 
 def _fidelity(run: Mapping[str, Any], report: Mapping[str, Any]) -> Iterator[str]:

@@ -78,7 +78,11 @@ def _more(run: Mapping[str, Any]) -> str:
 
 
 def _told(run: Mapping[str, Any]) -> int | None:
-    """How many training rows bring a context that the teacher alone reads; None where nobody counted."""
+    """How many training rows bring a context that the teacher alone reads; None where nobody counted. Whole texts are
+    learned by students that read what the teacher reads.
+    """
+    if section(run, "recipe.data").get("whole_text") is True:
+        return 0
     found = number(run, "data.privileged_context.rows")
     return found if isinstance(found, int) else None
 

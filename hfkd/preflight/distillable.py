@@ -256,8 +256,8 @@ def _judge_one(items: Items, student: Asked, teacher: Asked) -> tuple[Any, str]:
 
 
 def _falls_back(constant: Sequence[bool]) -> bool:
-    """Whether a constant answer is one to fall back to. Among answers that occur once or twice the most frequent one is
-    a chance of these items, and says nothing of a teacher that is right as rarely.
+    """Whether a constant answer is one to fall back to. Among answers that occur once or twice the most frequent one
+    is a chance of these items, and says nothing of a teacher that is right as rarely.
     """
     return sum(constant) > _BY_CHANCE
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from statistics import median
 from typing import Any
 
@@ -80,7 +80,7 @@ def estimate_duration(
     run: Run,
     examples: int,
     seconds: list[float],
-    student: Asked | None,
+    asked: Mapping[str, Asked | None],
     answer_seconds: float | None,
     processes: int = 1,
 ) -> Iterator[Finding]:
@@ -90,7 +90,8 @@ def estimate_duration(
         run: Says how much of it there is.
         examples: In the training set.
         seconds: Of single micro-steps.
-        student: Its answers to the items, which tell how long a question takes; None where none was asked.
+        asked: What `student` and `teacher` answered to the items, which tells how long a question takes; None where
+            one wasn't asked.
         answer_seconds: That the teacher took for one answer that is learned; None where it writes none before.
         processes: Of the run.
     """
@@ -98,9 +99,10 @@ def estimate_duration(
     micro, each = run.config.gradient_accumulation_steps, median(seconds)
     training = steps * micro * each
     parts = {"training": training}
-    questions = _questions(run)
-    if student is not None and questions:
-        parts["evaluation"] = questions * student.seconds / len(student.right)
+    questions = {"evaluation": _questions(run), "teacher's evaluation": _teachers_questions(run)}
+    for name, answered in zip(questions, (asked["student"], asked["teacher"]), strict=True):
+        if answered is not None and questions[name]:
+            parts[name] = questions[name] * answered.seconds / len(answered.right)
     if answer_seconds is not None:
         visited = min(examples, steps * micro * run.config.train_batch_size * processes)
         parts["teacher's answers"] = visited * answer_seconds / processes
@@ -108,18 +110,20 @@ def estimate_duration(
         parts["gold baseline, at most"] = training
     total = sum(parts.values())
     figures = {"steps": steps, "micro_steps": micro, "seconds_each": seconds, "processes": processes}
-    figures |= {"seconds": total, "parts": parts, "questions": questions}
+    figures |= {"seconds": total, "parts": parts, "questions": questions["evaluation"]}
+    figures["teacher_questions"] = questions["teacher's evaluation"]
     several = f", and each of {processes} processes taken to be as fast" if processes > 1 else ""
     words = ", ".join(f"{name} {in_words(part)}" for name, part in parts.items())
     how = (
         f"{steps} steps of {micro} micro-batch{'' if micro == 1 else 'es'} of {run.config.train_batch_size} examples "
         f"at {each:.2g} s, the median of {len(seconds)} that were made here after one to warm up{several}"
     )
-    asked = ""
-    if "evaluation" in parts:
-        asked = f"; {questions} questions at {parts['evaluation'] / questions:.2g} s"
-    left_out = " Fidelity, evaluations in training, saving and loading aren't counted."
-    yield Finding("pass", NAME, f"About {in_words(total)}: {words}. Measured: {how}{asked}.{left_out}", figures)
+    for name, count in questions.items():
+        if name in parts:
+            whose = "" if name == "evaluation" else " of the teacher"
+            how += f"; {count} questions{whose} at {parts[name] / count:.2g} s"
+    left_out = f"{_longer_prompts(run)} Fidelity, evaluations in training, saving and loading aren't counted."
+    yield Finding("pass", NAME, f"About {in_words(total)}: {words}. Measured: {how}.{left_out}", figures)
 
 
 def _questions(run: Run) -> int:
@@ -130,6 +134,22 @@ def _questions(run: Run) -> int:
     tasks = [run.evaluation, *run.forgetting]
     once = sum(len(task.items) * len(task.shots) for task in tasks)
     return once * (3 if section.gold_baseline else 2)
+
+
+def _teachers_questions(run: Run) -> int:
+    """How many questions another model that teaches is asked, once and before training."""
+    section, teacher = run.recipe.evaluation, run.recipe.teacher
+    asked = section is not None and run.evaluation is not None and section.shots
+    return len(run.evaluation.items) if asked and teacher.kind == "local" and teacher.cache is None else 0
+
+
+def _longer_prompts(run: Run) -> str:
+    """Said where the run asks with more demonstrations than the student was timed with."""
+    shots = max(run.recipe.evaluation.shots, default=0) if run.recipe.evaluation is not None else 0
+    timed = max(run.recipe.data.student_shots)
+    if shots <= timed:
+        return ""
+    return f" The student was timed with up to {timed} demonstrations in its prompt; with {shots} it takes longer."
 
 
 def in_words(seconds: float) -> str:

@@ -1,11 +1,11 @@
 """How much memory a run will take at its peak, by part, before anything of it is loaded or trained.
 
 The step is rehearsed without numbers (`hfkd.preflight.rehearsal`): the student's own layers, attention, adapter and
-checkpointing, the teacher, the terms of the loss and the optimizer, on the longest texts of the run; and before it what is written and
-read without learning. On one process
-this is exact to the tensor; the tests hold it to 15 % of what a process really takes. Not seen is what lies outside
-tensors: kernels' work space, what an allocator keeps back and cuts up (leave a tenth of a CPU's memory and a fifth of
-a GPU's), and libraries.
+checkpointing, the teacher, the terms of the loss and the optimizer, on the longest texts of the run; and what is
+written and read without learning. On one process a step is exact to the tensor; the tests hold it to 15 % of what a
+process really takes. Not seen is what lies outside tensors: kernels' work space, what an allocator keeps back and cuts
+up (leave a tenth of a CPU's memory and a fifth of a GPU's), libraries, and vLLM, which takes a share of its own; nor
+loading and saving. A gold baseline takes less than the run, whose models are gone by then.
 
 An estimate, and no more, are
 

@@ -18,6 +18,7 @@ from hfkd.preflight.findings import Finding
 from hfkd.run.build import Run
 
 if TYPE_CHECKING:
+    from hfkd.config import DistillationConfig
     from hfkd.preflight.memory import Estimate
 
 _NAME = "memory"
@@ -103,7 +104,12 @@ def check_room(run: Run, room: Room, console: Console) -> Iterator[Finding]:
         figures["chunk_size_that_fits"] = room.fitting_chunk
         yield Finding("error", _NAME, f"{words}. {_remedy(run, room)}{_notes(each)}", figures)
     elif each.total > room.available * (1 - _SLACK.get(each.device.split(":")[0], _SLACK_ELSEWHERE)):
-        yield Finding("warning", _NAME, f"{words}: little is left for what can't be foreseen. {_lower(run, each)}{_notes(each)}", figures)
+        yield Finding(
+            "warning",
+            _NAME,
+            f"{words}: little is left for what can't be foreseen. {_lower(run, each)}{_notes(each)}",
+            figures,
+        )
     else:
         yield Finding("pass", _NAME, f"{words}.{_notes(each)}", figures)
     if several and each.device.startswith("cpu") and each.total * each.processes > room.available:
@@ -147,29 +153,34 @@ def _at_peak(estimate: Estimate, name: str) -> bool:
 
 
 def _lower(run: Run, estimate: Estimate) -> str:
-    """What makes a run smaller, of what isn't done already."""
+    """What makes a run smaller, of what isn't done already; what the peak is made of comes first."""
     config, recipe = run.config, run.recipe
     ways = []
     if _at_peak(estimate, "evaluation") and config.per_device_eval_batch_size > 1:
         ways.append(
-            f"lower training.per_device_eval_batch_size (it is {config.per_device_eval_batch_size}; no figure depends "
-            "on it)"
+            f"lower training.per_device_eval_batch_size (it is {config.per_device_eval_batch_size}; the figures stay "
+            "the same)"
         )
     elif _at_peak(estimate, "generation"):
-        ways.append("lower evaluation.batch_size and data.generation.batch_size (no answer depends on them)")
-    elif config.per_device_train_batch_size > 1:
-        ways.append(
-            f"lower training.per_device_train_batch_size (it is {config.per_device_train_batch_size}; raise "
-            "gradient_accumulation_steps as much, and the steps are the same)"
-        )
-    if not config.gradient_checkpointing:
-        ways.append("set training.gradient_checkpointing: true")
+        ways.append("lower evaluation.batch_size and data.generation.batch_size (the answers stay the same)")
+    else:
+        ways.extend(_in_a_step(config))
     if recipe.student.lora is None:
         ways.append("train an adapter (student.lora)")
     if recipe.teacher.kind == "local" and recipe.teacher.cache is None:
         ways.append("read the teacher from a cache (hfkd cache)")
     text = "; ".join(ways) or "take a smaller model, or more processes that share it (recipes/accelerate/fsdp2.yaml)"
     return f"{text[:1].upper()}{text[1:]}."
+
+
+def _in_a_step(config: DistillationConfig) -> Iterator[str]:
+    if config.per_device_train_batch_size > 1:
+        yield (
+            f"lower training.per_device_train_batch_size (it is {config.per_device_train_batch_size}; raise "
+            "gradient_accumulation_steps as much, and the steps are the same)"
+        )
+    if not config.gradient_checkpointing:
+        yield "set training.gradient_checkpointing: true"
 
 
 def _notes(estimate: Estimate) -> str:

@@ -2,8 +2,8 @@
 
 The trainer drops prompts before the head, works in chunks, reuses prefixes and takes the gradient on the way. Here the
 models' own forwards give all logits, labels are shifted in a loop over rows, and the losses are written out as their
-papers do. Where both agree, none of those short cuts changed what is learned. Both run in the precision that training has. Only
-losses on whole distributions, and only teachers whose models are at hand.
+papers do. Where both agree, none of those short cuts changed what is learned. Both run in the precision that training
+has. Only losses on whole distributions, and only teachers whose models are at hand.
 """
 
 from __future__ import annotations

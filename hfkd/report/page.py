@@ -152,19 +152,27 @@ def _fidelity(run: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, An
                 for _, part, side in columns
             ],
         }
-        for words, meaning, key, of_teacher, show in _figures(count(last, "captured_mass.k"))
+        for words, meaning, key, of_teacher, show in _figures(
+            count(last, "captured_mass.k"), count(last, "teacher_wrong")
+        )
     ]
     counts = {key: count(last, key) for key in ("texts", "tokens", "teacher_wrong")}
     found = {"heads": [head for head, _, _ in columns], "rows": rows, **counts}
     return {**found, "prompts": prompts_words(run), "remarks": fidelity_remarks(run, report)}
 
 
-def _figures(top: int) -> tuple[tuple[str, str, str, str, Callable[[Any], str]], ...]:
+def _figures(top: int, wrong: int) -> tuple[tuple[str, str, str, str, Callable[[Any], str]], ...]:
     """Words, what they mean, where the figure is, where that of the teacher is, and how both are shown."""
     error = "expected_calibration_error"
     return (
         ("Agreement", "tokens whose likeliest one is the teacher's", "agreement", "", _percent),
-        ("… where the teacher is wrong", "its mistakes, learned too", "agreement_when_teacher_wrong", "", _percent),
+        (
+            "… where the teacher is wrong",
+            f"on {wrong} tokens: its mistakes, learned too",
+            "agreement_when_teacher_wrong",
+            "",
+            _percent,
+        ),
         ("Forward KL", "KL(teacher ‖ student), nats per token", "forward_kl", "", _number_words),
         ("Reverse KL", "KL(student ‖ teacher), nats per token", "reverse_kl", "", _number_words),
         (f"Mass on {top} tokens", f"on the teacher's {top} likeliest", *_both("captured_mass"), _percent),

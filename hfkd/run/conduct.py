@@ -247,6 +247,8 @@ class _Conductor:
         if run.evaluation is not None:
             parts["evaluation"] = run.evaluation.items
         self.record.data = {name: rows_fingerprint(rows) for name, rows in parts.items()}
+        told = sum(bool(row.get("privileged_context")) for row in run.train)
+        self.record.data["privileged_context"] = {"rows": told}
         self.record.student = describe_student(self.recipe, run.model)
         self.record.origins = describe_origins(run)
         self.record.parameters = {

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from hfkd.data.messages import completion_text
 from hfkd.data.prompts import PromptBuilder
+from hfkd.eval.comparison.asking import way_of_asking
 from hfkd.eval.generation import generation_quality
 from hfkd.eval.harness import PREFIX, HarnessSettings, check_harness, run_harness
 from hfkd.eval.k_shot import KShotReport, ShotResult, evaluate_k_shot, gold_answer
@@ -173,10 +174,15 @@ class _Evaluation:
             "code": deciding_code(recipe, ("data.prompt",)),
         }
 
+        rows = deciding["demonstrations"]["sha256"]
+        way = way_of_asking(deciding["prompt"], recipe.evaluation.model_dump(mode="json"), task.extract, rows)
+        way |= {f"{key}, code": digests for key, (_, *digests) in deciding["code"].items()}
+
         def measure() -> dict[str, Any]:
             report = ask(self.run, self._loaded(), task, f"k-shot {task.name}")
             return {
                 **shareable({"task": task.name, "k_shot": report.accuracies(), "details": plain_results(report)}),
+                "asked": shareable(way),
                 "generation": self._generation(report, task),
                 "predictions": prediction_lines(task.name, self.subject.stage, report, task.items),
             }

@@ -120,12 +120,13 @@ def check_data(source: Path, data: Any) -> tuple[Path, str]:
 
 def _page(source: Path, text: str) -> tuple[Path | bytes, str]:
     """A page for people, with what must not leave masked."""
+    data = None
     if source.suffix == ".json":
-        masked = _masked_data(json.loads(text), lambda data: json.dumps(data, indent=2) + "\n")
+        data = json.loads(text)
+        masked = _masked_data(data, lambda data: json.dumps(data, indent=2) + "\n")
     elif source.suffix == ".yaml":
-        masked = _masked_data(
-            yaml.safe_load(text), lambda data: yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
-        )
+        data = yaml.safe_load(text)
+        masked = _masked_data(data, lambda data: yaml.safe_dump(data, sort_keys=False, allow_unicode=True))
         masked = masked or (masked_text(text) if kind_of_secret(text) else None)  # in a comment
     else:
         masked = masked_text(text)
@@ -133,7 +134,9 @@ def _page(source: Path, text: str) -> tuple[Path | bytes, str]:
     if masked is None:
         return _refuse(source, [_PICTURE.sub("", text)])
     _refuse(source, [_PICTURE.sub("", masked)])
-    return masked.encode(), kind_of_secret(_PICTURE.sub("", text)) or _PATH
+    words = _PICTURE.sub("", text)
+    has_secret = _has_secret_key(data) or mask_secrets(words) != words
+    return masked.encode(), _SECRET if has_secret else _PATH
 
 
 def _masked_data(data: Any, dump: Callable[[Any], str]) -> str | None:

@@ -8,12 +8,13 @@ has a narrower interval than the two accuracies seem to allow. Takes plain data;
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from hfkd.eval.comparison.asking import differences
 from hfkd.eval.generation import is_long, text_likeness
 
 DRAWS = 10_000
@@ -31,6 +32,7 @@ class Series:
         scores: By item (hash, and how often it occurred before) a score, 1 and 0 for right and wrong.
         answers: By item the short answer and the gold one; empty where they aren't known.
         texts: By item what was written; empty where it isn't known.
+        asked: How, see `hfkd.eval.comparison.asking.way_of_asking`; empty where it isn't known.
     """
 
     task: str
@@ -38,6 +40,7 @@ class Series:
     scores: dict[Key, float]
     answers: dict[Key, tuple[str, str]] = field(default_factory=dict)
     texts: dict[Key, str] = field(default_factory=dict)
+    asked: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,8 @@ def compare_sides(sides: Sequence[Side], *, draws: int = DRAWS, seed: int = 0) -
     Returns:
         `rows`, one for each task, measure and side but the first: `task`, `measure`, `side`, `shared` (items),
         `first_score` and `score` on these, `difference` with its 95 % `interval`, `gained` and `lost` (items), the
-        `p_value` of `sign_test` (null where scores aren't right or wrong), `answer_agreement`, and
+        `p_value` of `sign_test` (null where scores aren't right or wrong), `answer_agreement` (with the items on which
+        `both_unanswered`, which agree), and
         `rationale_similarity` where the texts are long. `warnings`, and `fidelity` by the name of the side.
 
     Raises:
@@ -112,23 +116,14 @@ def compare_sides(sides: Sequence[Side], *, draws: int = DRAWS, seed: int = 0) -
     first, rows, warnings = sides[0], [], []
     for mine in first.series:
         for side in sides[1:]:
-            theirs = _counterpart(mine, side)
+            theirs = _counterpart(mine, side, first)
             if theirs is None:
                 warnings.append(f"{side.name} has nothing like {mine.task}, {mine.measure}.")
                 continue
             shared = [key for key in mine.scores if key in theirs.scores]
-            if len(shared) < max(len(mine.scores), len(theirs.scores)):
-                warnings.append(
-                    f"{mine.task}, {mine.measure}: {first.name} was asked {len(mine.scores)} items and {side.name} "
-                    f"{len(theirs.scores)}; the {len(shared)} that both were asked are compared."
-                )
             row = {"side": side.name, **_compared(mine, theirs, shared, draws, seed)}
             rows.append(row)
-            if row["interval"][0] == row["interval"][1]:
-                warnings.append(
-                    f"{mine.task}, {mine.measure}: all {len(shared)} items moved alike, so drawing them again says "
-                    "nothing and the interval has no width."
-                )
+            warnings += _doubts(first.name, mine, side.name, theirs, row)
     if not rows:
         raise ValueError(
             f"{first.name} and {', '.join(side.name for side in sides[1:])} have no item in common, so nothing can be "
@@ -136,14 +131,51 @@ def compare_sides(sides: Sequence[Side], *, draws: int = DRAWS, seed: int = 0) -
             "section) and compare the files"
         )
     fidelity = {side.name: dict(side.fidelity) for side in sides if side.fidelity}
-    return {"first": first.name, "rows": rows, "warnings": warnings, "fidelity": fidelity}
+    return {"first": first.name, "rows": rows, "warnings": list(dict.fromkeys(warnings)), "fidelity": fidelity}
 
 
-def _counterpart(mine: Series, side: Side) -> Series | None:
-    """What was asked alike: the same measure, on most of the same items; the name of a task may be another one."""
-    alike = [other for other in side.series if other.measure == mine.measure]
-    alike.sort(key=lambda other: (len(mine.scores.keys() & other.scores.keys()), other.task == mine.task))
-    return alike[-1] if alike and mine.scores.keys() & alike[-1].scores.keys() else None
+def _counterpart(mine: Series, side: Side, first: Side) -> Series | None:
+    """What was asked alike: the task of the same name, if they share items; else the one that shares most, unless the
+    first side has it, too, under its own name.
+    """
+    alike = [other for other in side.series if other.measure == mine.measure and _shared(mine, other)]
+    for other in alike:
+        if other.task == mine.task:
+            return other
+    free = [other for other in alike if not any(_same(other, own) for own in first.series)]
+    return max(free, key=lambda other: _shared(mine, other), default=None)
+
+
+def _same(other: Series, own: Series) -> bool:
+    return (own.task, own.measure) == (other.task, other.measure) and _shared(own, other) > 0
+
+
+def _shared(one: Series, other: Series) -> int:
+    return len(one.scores.keys() & other.scores.keys())
+
+
+def _doubts(first: str, mine: Series, side: str, theirs: Series, row: Mapping[str, Any]) -> Iterator[str]:
+    """What a reader of a row must know: other tasks, items and ways of asking, and figures that say little."""
+    where, shared = f"{mine.task}, {mine.measure}", row["shared"]
+    if theirs.task != mine.task:
+        yield f"{where}: what {first} calls {mine.task} is compared with what {side} calls {theirs.task}."
+    if shared < max(len(mine.scores), len(theirs.scores)):
+        yield (
+            f"{where}: {first} was asked {len(mine.scores)} items and {side} {len(theirs.scores)}; the {shared} that "
+            "both were asked are compared."
+        )
+    if differ := differences(mine.asked, theirs.asked, shown=mine.measure != "0-shot"):
+        yield f"{first} and {side} were asked in other ways, which may be all that differs: {'; '.join(differ)}."
+    if row["interval"][0] == row["interval"][1]:
+        yield (
+            f"{where}: all {shared} items moved alike, so drawing them again says nothing and the interval has no "
+            "width."
+        )
+    if unanswered := row.get("answer_agreement", {}).get("both_unanswered"):
+        yield (
+            f"{where}: on {unanswered} of {shared} items neither {first} nor {side} gave an answer, which Alike "
+            "counts as the same one."
+        )
 
 
 def _compared(mine: Series, theirs: Series, shared: Sequence[Key], draws: int, seed: int) -> dict[str, Any]:
@@ -190,6 +222,7 @@ def _answer_agreement(predictions: list[str], references: list[str], golds: list
     return {
         "agreement": found["agreement"],
         "interval": list(found["agreement_interval"]),
+        "both_unanswered": found["both_unanswered"],
         "first_wrong": found["teacher_wrong"],
         "agreement_when_first_wrong": found["agreement_when_teacher_wrong"],
     }

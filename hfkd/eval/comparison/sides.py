@@ -7,13 +7,19 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from hfkd.eval.comparison.asking import way_of_asking
 from hfkd.eval.comparison.compare import Key, Series, Side
 from hfkd.eval.harness import PREFIX
 from hfkd.eval.predictions import PREDICTIONS_NAME, checked_line, read_predictions
 from hfkd.eval.results import read_results
+from hfkd.record import read_record
 
 _TRAINED, _PUBLISHED = "after", "before"
 
@@ -44,7 +50,7 @@ def _stages(path: Path) -> dict[str, _Stage]:
     if path.is_dir():
         return _of_folder(path)
     if path.suffix == ".jsonl":
-        return {stage: {"series": series} for stage, series in _of_lines(read_predictions(path)).items()}
+        return _of_folder(path.parent) if path.name == PREDICTIONS_NAME else _of_file(path)
     return {stage: _of_tasks(path, tasks) for stage, tasks in read_results(path)["results"].items() if tasks}
 
 
@@ -55,21 +61,72 @@ def _of_folder(folder: Path) -> dict[str, _Stage]:
             f"made before single answers were kept. `hfkd evaluate {folder} --base --json FILE` asks them again; "
             "compare that FILE"
         )
-    fidelity = _fidelity_of(folder)
-    found = _of_lines(read_predictions(folder / PREDICTIONS_NAME))
-    return {stage: {"series": series, "fidelity": fidelity.get(stage) or {}} for stage, series in found.items()}
+    report = _report_of(folder)
+    found, asked = _of_file(folder / PREDICTIONS_NAME), _asked_of(folder, report)
+    _check_names(folder, report, found)
+    for stage, parts in found.items():
+        parts["series"] = [replace(one, asked=_of_task(asked, one.task)) for one in parts["series"]]
+        parts["fidelity"] = (report.get("fidelity") or {}).get(stage) or {}
+    return found
 
 
-def _fidelity_of(folder: Path) -> dict[str, Any]:
-    """What the report of a run says of it, by stage; nothing where there is no report."""
-    report = folder / "report.json"
-    if not report.is_file():
+def _of_file(path: Path) -> dict[str, _Stage]:
+    return {stage: {"series": series} for stage, series in _of_lines(read_predictions(path)).items()}
+
+
+def _report_of(folder: Path) -> dict[str, Any]:
+    """What the report of a run says of the fidelity by stage (`fidelity`), and the names of its other tasks (`others`)
+    with how many of them were asked (`asked`); empty where there is none.
+    """
+    path = folder / "report.json"
+    if not path.is_file():
         return {}
     try:
-        found = json.loads(report.read_text(encoding="utf-8")).get("fidelity") or {}
-        return {stage: figures for stage, figures in found.items() if isinstance(figures, dict)}
-    except (ValueError, AttributeError):
-        raise ValueError(f"{report} is damaged; mend it or take it away, it is only read for the fidelity") from None
+        report = json.loads(path.read_text(encoding="utf-8"))
+        fidelity = {name: found for name, found in (report.get("fidelity") or {}).items() if isinstance(found, dict)}
+        others = list(report.get("forgetting") or [])
+        names = [str(one["task"]) for one in others]
+        return {"fidelity": fidelity, "others": names, "asked": sum(any(one["k_shot"].values()) for one in others)}
+    except (ValueError, AttributeError, KeyError, TypeError):
+        raise ValueError(
+            f"{path} is damaged; mend it or take it away, it is only read for the fidelity and the tasks"
+        ) from None
+
+
+def _check_names(folder: Path, report: Mapping[str, Any], found: Mapping[str, _Stage]) -> None:
+    """Refuse a run with two tasks of one name: their answers stand in one file, and would be one task.
+
+    Raises:
+        ValueError: There are more tasks in the report than names in the answers.
+    """
+    names = {one.task for stage in found.values() for one in stage["series"]}
+    expected = 1 + report.get("asked", 0)
+    if names and len(names) < expected:
+        raise ValueError(
+            f"{folder / PREDICTIONS_NAME} has {expected} tasks under {len(names)} names ({', '.join(sorted(names))}), "
+            f"so it can't be known which answer belongs to which. `hfkd evaluate {folder} --base --json FILE` asks "
+            "them again, each under a name of its own; compare that FILE"
+        )
+
+
+def _asked_of(folder: Path, report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """How a run asked its questions, by the names of the other tasks, and of its own under `""`; nothing where its
+    recipe isn't there or isn't one.
+    """
+    try:
+        recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+        prompt, evaluation = recipe["data"]["prompt"], recipe["evaluation"]
+        known = read_record(folder).get("data", {}).get("demonstrations", {}).get("sha256")
+        found = {"": way_of_asking(prompt, evaluation, evaluation["extract"], known)}
+        for name, other in zip(report.get("others", ()), evaluation["forgetting"], strict=False):
+            found[name] = way_of_asking(prompt, evaluation, other.get("extract") or evaluation["extract"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+        return {}
+    return found
+
+
+def _of_task(asked: Mapping[str, dict[str, Any]], task: str) -> dict[str, Any]:
+    return asked.get(task) or asked.get("") or {}
 
 
 def _of_tasks(path: Path, tasks: Mapping[str, Mapping[str, Any]]) -> _Stage:
@@ -80,8 +137,10 @@ def _of_tasks(path: Path, tasks: Mapping[str, Mapping[str, Any]]) -> _Stage:
             if name.startswith(PREFIX):
                 series += _of_scores(result["scores"])
             elif "predictions" in result:
-                for found in _of_lines(map(checked_line, result["predictions"])).values():
-                    series += found
+                taken = {one.task for one in series}
+                for one in chain(*_of_lines(map(checked_line, result["predictions"])).values()):
+                    title = f"{one.task} ({name})" if one.task in taken else one.task
+                    series.append(replace(one, task=title, asked=dict(result.get("asked") or {})))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged: {error}; run `hfkd evaluate` into a new file") from None
     return {"series": series, "fidelity": (tasks.get("fidelity") or {}).get("result") or {}}
