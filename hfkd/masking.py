@@ -122,11 +122,13 @@ def mask_secrets(text: str) -> str:
 
 
 def _without_value(found: re.Match[str]) -> str:
-    """An assignment without its value, unless its name is that of a tokenizer's marker."""
+    """An assignment without its value, unless it has none or its name is that of a tokenizer's marker."""
     *_, name, between = found.groups()
     if _MARKER_KEY.match(name.rpartition(".")[2]):
         return found[0]
     value = found[0][found.end(found.re.groups) - found.start() :]
+    if value.lstrip("\\\"'").startswith(MASK):  # masked before, and what follows isn't the value's
+        return found[0]
     return found[0].removesuffix(value) + MASK
 
 

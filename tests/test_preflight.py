@@ -129,8 +129,7 @@ CACHED_ANSWERS = ["teacher.cache=cache", "data.answer=teacher"]
         ["evaluation=null", "training.max_steps=-1", "training.num_train_epochs=2"],
         CACHED,
         CACHED_ANSWERS,
-        ["training={bf16: true, eval_strategy: steps, eval_steps: 1, eval_on_start: true, max_steps: 2, use_cpu: true}",
-         "teacher.weights=live"],
+        ["training.bf16=true", "training.eval_strategy=steps", "training.eval_on_start=true", "teacher.weights=live"],
     ],
     ids=lambda overrides: " ".join(overrides)[:60],
 )  # fmt: skip

@@ -247,8 +247,8 @@ ASKED = {"evaluation": {"shots": [0], "size": 4, "max_new_tokens": 4}, "training
 
 @pytest.mark.parametrize("kind", ["fidelity", "evaluation in training"])
 def test_held_out_texts_are_counted(small: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    """Fidelity comes before the first step and reads more texts at once: a run that learns from one text at a time ends
-    there, after a check that passed.
+    """Fidelity comes before the first step and reads more texts at once: a run that learns from one text at a time
+    ends there, after a check that passed.
     """
     changes = {**ASKED, "data.demonstrations": {"count": 0}, "training.activation_checkpointing": True}
     if kind != "fidelity":
@@ -258,10 +258,10 @@ def test_held_out_texts_are_counted(small: Path, monkeypatch: pytest.MonkeyPatch
     found = estimate(run)
     assert found.rehearsed and (found.figures["rows"], found.figures["evaluation_rows"]) == (1, 4)
     assert of(found)["evaluation"] > 0, "it is the peak of this run"
-    assert most(found)["evaluation"] == pytest.approx(really_read(run, kind == "fidelity"), rel=0.15)
+    assert most(found)["evaluation"] == pytest.approx(really_read(run, kind == "fidelity"), rel=0.25)
     fewer = {**changes, "training.per_device_eval_batch_size": 1}
     less = estimate(unloaded(tiny(small, f"{kind.replace(' ', '-')}-1", **fewer), monkeypatch))
-    assert most(less)["evaluation"] < 0.4 * most(found)["evaluation"] and less.total < found.total
+    assert most(less)["evaluation"] < 0.7 * most(found)["evaluation"] and less.total < found.total
 
 
 def most(found: Estimate) -> dict[str, int]:
@@ -275,14 +275,17 @@ def really_read(run: Run, fidelity: bool) -> float:
     prepare_teacher(run.recipe, run.teacher, run.model, run.tokenizer, Launch(torch.device("cpu")))
     trainer = make_trainer(run, run.train[:2], run.model, run.teacher, run.objective, run.config, run.evaluation.items)
     texts = held_out_views(run, run.evaluation.items, run.teacher, run.objective)
-    ledger = Ledger()
+    ledger = Ledger({"weights": 0.0})
+    for model in (run.model, run.teacher.model):
+        for tensor in (*model.parameters(), *model.buffers()):
+            ledger.take(tensor, "weights")
     with Ghosts(ledger, real=True):
         if fidelity:
             measure_fidelity(trainer, texts)
         else:
             trainer._heads_checked = True  # a look at a few logits, once
             trainer.evaluate(texts)
-    return max(sum(ledger.peak.values()), sum(ledger.live.values()))
+    return sum(ledger.peak.values())
 
 
 def test_all_who_write_are_counted(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,10 +301,9 @@ def test_all_who_write_are_counted(small: Path, monkeypatch: pytest.MonkeyPatch)
     ours, theirs = (list(hfkd.preflight.memory._Plan(run, 1)._writings()) for run in (alone, both))
     assert [(one.teacher, one.early, one.rows) for one in ours] == [(False, False, 4), (True, True, 4)]
     assert theirs[0].length > 80 > ours[0].length and theirs[1] == ours[1]
-    cached = unloaded(
-        tiny(small, "own", **{**changes, "teacher": {"kind": "self"}, "student.lora": LORA}), monkeypatch
-    )
-    assert [one.teacher for one in hfkd.preflight.memory._Plan(cached, 1)._writings()] == [False]
+    own = {"data.demonstrations": {"count": 2}, "teacher": {"kind": "self"}, "student.lora": LORA}
+    run = unloaded(tiny(small, "own", **{**changes, **own}), monkeypatch)
+    assert [one.teacher for one in hfkd.preflight.memory._Plan(run, 1)._writings()] == [False]
 
 
 def test_what_to_lower_is_what_the_peak_is_made_of(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,7 +312,7 @@ def test_what_to_lower_is_what_the_peak_is_made_of(small: Path, monkeypatch: pyt
     monkeypatch.setattr(hfkd.preflight.memory, "available_bytes", lambda *_: 1000)
     (finding,) = check_room(run, measure_room(run, 1), Console(file=io.StringIO()))
     assert finding.level == "error" and "while held-out texts are read" in finding.message
-    assert "lower training.per_device_eval_batch_size (it is 8" in finding.message
+    assert "training.per_device_eval_batch_size (it is 8" in finding.message
     assert "per_device_train_batch_size" not in finding.message
 
 

@@ -164,6 +164,14 @@ def test_a_page_with_pictures_goes_and_they_stay_as_they_are(folder: Path) -> No
     assert f"base64,/home/anna/{noise}" in sent and "<p>~/x</p>" in sent
 
 
+def test_markup_is_not_eaten(folder: Path) -> None:
+    """A value that ends at a tag took the tag along: the page was another one."""
+    page = "<p><code>api_key=s3cr3t</code></p><p><code>token=***</code> of <b>/home/anna</b></p>"
+    (folder / "report.html").write_text(page)
+    sent = planned(folder)["report.html"].decode()
+    assert sent == "<p><code>api_key=***</code></p><p><code>token=***</code> of <b>~</b></p>"
+
+
 def test_points_of_a_picture_are_no_secrets(tmp_path: Path) -> None:
     """Among a hundred thousand bytes of noise some look like a password in an address; the picture is right."""
     path = tmp_path / "loss.png"

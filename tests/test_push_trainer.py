@@ -129,8 +129,7 @@ def test_a_tracker_publishes_nothing_before_the_push_is_right(hub: Hub, tmp_path
     with pytest.raises(ValueError, match="a model without a name"):
         trainer.push_to_hub()
     assert not seen
-    trainer.model.peft_config["default"].base_model_name_or_path = "me/base"
-    trainer.push_to_hub()
+    trainer_for(tmp_path / "named", callbacks=[Tracker()]).push_to_hub()
     assert seen == [True]
 
 

@@ -491,7 +491,7 @@ def test_a_push_is_tried_before_and_a_failure_keeps_the_run(folder: Path, monkey
     words = io.StringIO()
     with pytest.raises(OSError, match="refuses this token"):
         run("hub={push: true, repo_id: me/it, base: me/base}", "evaluation=null", words=words)
-    assert calls == [(("me/it",), {"private": True})]
+    assert calls == [(("me/it",), {"private": True, "with_base": False})]
     assert json.loads(Path("out/run.json").read_text())["status"] == "finished"
     assert "hfkd push out me/it --base me/base" in words.getvalue()
 

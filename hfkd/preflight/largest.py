@@ -15,9 +15,9 @@ from hfkd.data.tokenize import Encoded, answer_start
 from hfkd.data.views import DistillationDataset, Example
 from hfkd.objective import Objective
 from hfkd.run.build import Run
-from hfkd.run.texts import fitting, held_out_views, make_dataset, unanswered, visited_rows
+from hfkd.run.texts import answered_rows, fitting, held_out_views, make_dataset, unanswered, visited_rows
 from hfkd.student import pad_token
-from hfkd.teachers import Teacher
+from hfkd.teachers import CachedTeacher, Teacher
 
 LOOKED_AT = 4096
 """Of more examples than this only so many are tokenized, evenly spread; the others are taken to be as long as the
@@ -53,7 +53,8 @@ def largest_batch(run: Run, teacher: Teacher | None, device: torch.device) -> La
     rows = run.config.train_batch_size
     if run.builder is None or not run.train:
         return Largest(_by_limits(run, teacher, rows, device), [], measured=False)
-    dataset = _examples(replace(run, teacher=teacher))
+    run = replace(run, teacher=teacher)
+    dataset = _examples(run)
     examples = [_with_answer(run, dataset[place]) for place in _places(len(dataset))]
     batch = _longest_together(run, dataset, examples, rows)
     return Largest(_moved(batch, device), dataset.shared_prefix, measured=True)
@@ -100,9 +101,18 @@ def _examples(run: Run) -> DistillationDataset:
     """The views of the rows that training visits."""
     rows, dataset = fitting(run)
     visited = visited_rows(run, rows)
+    if _written_already(run):
+        return make_dataset(
+            run, answered_rows(run, visited, run.teacher.path, written=True), run.teacher, run.objective
+        )
     if len(visited) >= len(rows):
         return dataset
     return make_dataset(run, unanswered(run, visited), run.teacher, run.objective)
+
+
+def _written_already(run: Run) -> bool:
+    """Whether the teacher's answers lie in its cache."""
+    return run.recipe.data.answer == "teacher" and isinstance(run.teacher, CachedTeacher)
 
 
 def _places(count: int) -> Sequence[int]:
@@ -116,7 +126,7 @@ def _length(example: Example) -> int:
 def _with_answer(run: Run, example: Example) -> Example:
     """An example whose answer is as long as it can be, where it is still to be written."""
     data = run.recipe.data
-    if set(data.shares) == {"dataset"} and data.answer != "teacher":
+    if set(data.shares) == {"dataset"} and data.answer != "teacher" or _written_already(run):
         return example
     views = {view: example[view] and _lengthened(example[view], data.generation.max_new_tokens)
              for view in ("student", "teacher")}  # fmt: skip

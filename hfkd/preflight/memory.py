@@ -14,7 +14,7 @@ An estimate, and no more, are
 - generation (k-shot of student and teacher, answers to learn from): all rows at their longest, in one pass, without a
   prefix run once;
 - evaluation (fidelity, and evaluations in training): one batch of the longest held-out texts, read by both models and
-  taken through the terms of the loss;
+  taken through the terms of the loss (fidelity's own figures take a buffer of a chunk or two more);
 - answers that are still to be written: as long as they may be;
 - a loss that looks at numbers: run for real on a few rows, and taken to grow with rows and vocabulary;
 - a model that looks at numbers (some mixtures of experts): `hfkd.memory`'s arithmetic then, for everything.

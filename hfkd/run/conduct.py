@@ -46,7 +46,7 @@ from hfkd.record import (
 from hfkd.rollout.on_policy import Mixture
 from hfkd.run.build import Run, build, make_config
 from hfkd.run.evaluation import ask, movable, plain_results
-from hfkd.run.expected import expected_contract
+from hfkd.run.expected import expected_contract, name_of
 from hfkd.run.models import describe_student, load_student, save_base
 from hfkd.run.outcome import describe_objective, describe_origins, push_run, write_outcome
 from hfkd.run.progress import training_bar
@@ -190,6 +190,7 @@ class _Conductor:
             self.console.print("The training was over before: no step is made, and its figures are kept.")
         self.record.metrics = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
         self.record.teacher = run.teacher.describe() if run.teacher is not None else {"kind": "none"}
+        self.record.origins = describe_origins(run)  # again: a hub's revisions are known once models are loaded
         self.measured.keep_log(trainer.state.log_history)
         trainer.save_model(str(run.output_dir))  # before anything else can fail
         if self.first:
@@ -250,6 +251,9 @@ class _Conductor:
         told = sum(bool(row.get("privileged_context")) for row in run.train)
         self.record.data["privileged_context"] = {"rows": told}
         self.record.student = describe_student(self.recipe, run.model)
+        student = self.recipe.student
+        if self.record.student["source"] == "folder":
+            self.record.student["weights"] = name_of(student.origin, student.load_kwargs.get("subfolder"))
         self.record.origins = describe_origins(run)
         self.record.parameters = {
             "total": sum(parameter.numel() for parameter in run.model.parameters()),

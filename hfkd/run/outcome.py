@@ -67,7 +67,7 @@ def describe_origins(run: Run) -> dict[str, dict[str, Any]]:
     """Where student, teacher and training rows are from, with revisions and licences as far as they are known."""
     student, teacher, train = run.recipe.student, run.recipe.teacher, run.recipe.data.train
     origins = {
-        "student": origin_of_model(student.origin, student.revision, run.model.config),
+        "student": origin_of_model(student.origin, student.revision, run.model.config, student.load_kwargs),
         "train": origin_of_rows(train.path, train.revision),
     }
     if run.recipe.data.demonstrations.path is not None:
@@ -75,10 +75,10 @@ def describe_origins(run: Run) -> dict[str, dict[str, Any]]:
     if run.recipe.evaluation is not None and run.recipe.evaluation.path is not None:
         origins["evaluation"] = origin_of_rows(run.recipe.evaluation.path, run.recipe.evaluation.revision)
     if teacher.model is not None:
-        origins["teacher"] = origin_of_model(teacher.model, teacher.revision)
+        origins["teacher"] = origin_of_model(teacher.model, teacher.revision, load_kwargs=teacher.load_kwargs)
     for name, member in teacher.members.items():
         if member.model is not None:
-            origins[f"teacher.{name}"] = origin_of_model(member.model, member.revision)
+            origins[f"teacher.{name}"] = origin_of_model(member.model, member.revision, load_kwargs=member.load_kwargs)
     return origins
 
 

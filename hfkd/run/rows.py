@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from hfkd.data.load import Source, load_rows
 from hfkd.data.messages import Row, prompt_key, text_key
 from hfkd.data.select import LeakageError, check_leakage, split_rows, visited
-from hfkd.masking import shareable_text
+from hfkd.masking import shareable
 from hfkd.recipe.schema import DemonstrationsSection, EvaluationSection, ForgettingSection, Recipe
 from hfkd.recipe.teachers import may_do_without, wants_second_view
 
@@ -67,7 +66,7 @@ def load_data(recipe: Recipe, sources: Mapping[str, Source]) -> Rows:
     check_leakage(loaded.demonstrations, items, key)
     loaded.train = _apart_from(items, loaded.train, key)
     loaded.evaluation = Task(
-        shareable_text(data.train.path), items, loaded.demonstrations, evaluation.shots, evaluation.extract
+        shareable(data.train.path), items, loaded.demonstrations, evaluation.shots, evaluation.extract
     )
     loaded.forgetting = [
         _other_task(sources[f"forgetting.{index}"], other, evaluation)
@@ -79,11 +78,13 @@ def load_data(recipe: Recipe, sources: Mapping[str, Source]) -> Rows:
 
 def _tell_apart(tasks: Sequence[Task]) -> None:
     """Number tasks of one name: two splits of a data set, or two files of one name in different folders."""
-    names = Counter[str]()
+    taken: set[str] = set()
     for task in tasks:
-        names[task.name] += 1
-        if names[task.name] > 1:
-            task.name = f"{task.name} ({names[task.name]})"
+        plain, number = task.name, 1
+        while task.name in taken:
+            number += 1
+            task.name = f"{plain} ({number})"
+        taken.add(task.name)
 
 
 def _needs_labels(recipe: Recipe) -> bool:
@@ -154,6 +155,6 @@ def _other_task(source: Source, other: ForgettingSection, evaluation: Evaluation
     rows = list(load_rows(source))
     splits = split_rows(rows, demonstrations=other.demonstrations, evaluation=0, seed=other.seed)
     shots = [count for count in evaluation.shots if count <= other.demonstrations]
-    name = shareable_text(Path(source.path).stem if Path(source.path).suffix else source.path)
+    name = shareable(Path(source.path).stem if Path(source.path).suffix else source.path)
     extract = other.extract or evaluation.extract
     return Task(name, splits.train[: other.size], splits.demonstrations, shots, extract)

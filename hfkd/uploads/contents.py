@@ -35,6 +35,7 @@ _NOTES = re.compile(r"^(_?name_or_path|tokenizer_file|special_tokens_map_file)$"
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 # Parts of a tokenizer's files whose texts may look like anything, and which are told by their known forms only.
 _TEMPLATES, _TOKENS = ("chat_template",), ("added_tokens_decoder", "extra_special_tokens", "additional_special_tokens")
+_MARKUP = re.compile(r"(<[^<>]*>)")
 _PICTURE = re.compile(r"data:image/[\w.+-]+;base64,[A-Za-z0-9+/=]+")
 _LARGEST_HEADER = 100_000_000
 
@@ -129,7 +130,9 @@ def _page(source: Path, text: str) -> tuple[Path | bytes, str]:
         masked = _masked_data(data, lambda data: yaml.safe_dump(data, sort_keys=False, allow_unicode=True))
         masked = masked or (masked_text(text) if kind_of_secret(text) else None)  # in a comment
     else:
-        masked = masked_text(text)
+        # A value ends where a mark of the page begins.
+        parts = _MARKUP.split(text) if source.suffix == ".html" else [text]
+        masked = "".join(map(masked_text, parts))
         masked = None if masked == text else masked
     if masked is None:
         return _refuse(source, [_PICTURE.sub("", text)])
