@@ -28,7 +28,7 @@ from hfkd.run.build import build
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNNABLE = ("README.md", "docs/losses.md", "docs/write_your_own.md", "docs/data.md", "docs/fidelity.md")
-FOLDERS = ("secokd", "accelerate", "ablation", "on_policy", "self_teacher", "several")
+FOLDERS = ("compress", "secokd", "accelerate", "ablation", "on_policy", "self_teacher", "several")
 PAGES = (
     *(*RUNNABLE, "CONTRIBUTING.md", "recipes/README.md", *(f"recipes/{folder}/README.md" for folder in FOLDERS)),
     *(f"docs/{name}.md" for name in ("architecture", "teachers", "caching", "several_teachers", "cross_tokenizer")),

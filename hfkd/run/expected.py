@@ -10,6 +10,7 @@ from typing import Any
 
 from hfkd.cache.contract import text_contract
 from hfkd.data.views import DistillationDataset
+from hfkd.loading import commit_of
 from hfkd.masking import mask
 from hfkd.objective import Objective
 from hfkd.recipe.schema import Recipe
@@ -66,7 +67,8 @@ def teacher_contract(recipe: Recipe) -> dict[str, Any]:
         contract["weights"] = weights
         init = recipe.student.init
         contract["init"] = None if init is None else init.model_dump(mode="json", exclude={"source"})
-    commit = _commit(origin, section.revision)
+    given = {**section.load_kwargs, "revision": section.revision}
+    commit = None if Path(origin).exists() else commit_of(origin, given)
     return contract if commit is None else {**contract, "commit": commit}
 
 
@@ -115,13 +117,3 @@ def _folder_digest(folder: Path) -> str:
                     stream.seek(max(0, size - _SAMPLE_BYTES) * number // (_SAMPLES - 1))
                     digest.update(stream.read(_SAMPLE_BYTES))
     return digest.hexdigest()
-
-
-def _commit(origin: str, revision: str | None) -> str | None:
-    """The commit that a hub id stands for, where this machine knows it."""
-    from huggingface_hub import try_to_load_from_cache
-
-    if Path(origin).exists():
-        return None
-    found = try_to_load_from_cache(origin, "config.json", revision=revision)
-    return Path(found).parent.name if isinstance(found, str) else None
