@@ -314,6 +314,10 @@ def test_what_to_lower_is_what_the_peak_is_made_of(small: Path, monkeypatch: pyt
     assert finding.level == "error" and "while held-out texts are read" in finding.message
     assert "training.per_device_eval_batch_size (it is 8" in finding.message
     assert "per_device_train_batch_size" not in finding.message
+    changes = {**ASKED, "training.per_device_eval_batch_size": 1, "training.per_device_train_batch_size": 8}
+    run = unloaded(tiny(small, "step", **changes), monkeypatch)
+    (finding,) = check_room(run, measure_room(run, 1), Console(file=io.StringIO()))
+    assert "in a step of training" in finding.message and "per_device_train_batch_size" in finding.message
 
 
 def test_the_longest_texts_count(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,7 @@ from hfkd.card.marker import marked
 from hfkd.cli.main import app
 from hfkd.hub import HubError, Upload, check_push, push, push_cache
 from hfkd.hub.caches import cache_target
+from hfkd.recipe import RecipeError, load_recipe
 
 MINE = {"README.md": b"my precious base model", "model.safetensors": b"precious weights", "config.json": b"{}"}
 
@@ -388,3 +389,20 @@ def test_a_card_of_a_cache_is_gone_over(hub: Hub, tmp_path: Path) -> None:
     push_cache(cache, "me/cache")
     assert hub.files("me/cache", "dataset")["README.md"].endswith(b"Mine.\n")
     assert "anna" not in card_of(cache, "/gpfs/anna/models/big")
+
+
+def test_a_quantised_base_is_not_merged_after_the_training(tmp_path: Path) -> None:
+    """The push would say so, hours later."""
+    recipe = {
+        "student": {
+            "model": "me/base",
+            "lora": {"r": 2},
+            "load_kwargs": {"quantization_config": {"load_in_4bit": True}},
+        },
+        "teacher": {"kind": "self"},
+        "data": {"train": {"path": "rows.jsonl"}, "demonstrations": {"count": 1}},
+        "hub": {"push": True, "repo_id": "me/it", "merged": True},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(RecipeError, match="hub.merged: the base is quantised"):
+        load_recipe(tmp_path / "recipe.yaml")

@@ -149,7 +149,8 @@ def _longer_prompts(run: Run) -> str:
     timed = max(run.recipe.data.student_shots)
     if shots <= timed:
         return ""
-    return f" The student was timed with up to {timed} demonstrations in its prompt; with {shots} it takes longer."
+    shown = f"{timed} demonstration{'' if timed == 1 else 's'}"
+    return f" The student was timed with at most {shown} in its prompt; with {shots} it takes longer."
 
 
 def in_words(seconds: float) -> str:
