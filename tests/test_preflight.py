@@ -285,7 +285,7 @@ def test_a_teacher_worse_than_its_student(folder: Path) -> None:
 
 def test_a_chunk_that_does_not_fit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Out of memory in the first step is the commonest end of a run, and one number would have avoided it."""
-    write_rows("verbs.jsonl", [{"prompt": verb, "completion": (verb + "ed ") * 60} for verb in VERBS])
+    write_rows("verbs.jsonl", [{"prompt": verb, "completion": (verb + "ed ") * 24} for verb in VERBS])
     common = ["teacher={kind: none}", "loss.terms=[{kind: cross_entropy}]", "evaluation=null"]
     totals = {size: measure(*common, f"loss.chunk_size={size}") for size in (64, 1024)}
     assert totals[64] < totals[1024]
