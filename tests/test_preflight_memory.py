@@ -48,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, sizes in {"student": STUDENT, "teacher": TEACHER, "tiny": {}}.items():
         make_model(initializer_range=0.02, **sizes).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
-    rows = [{"prompt": f"walk {place}", "completion": " walked" * (100 + 20 * place)} for place in range(4)]
+    rows = [{"prompt": f"walk {place}", "completion": " walked" * (70 + 15 * place)} for place in range(4)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = {
         "student": {"model": "student"},

@@ -147,6 +147,6 @@ def _no_difference(where: str, found: list[_Compared], details: Mapping[str, Any
     """What so many items leave open, paired and not."""
     few = f"{items_of(details)} items" if items_of(details) else "so many items"
     if paired := [one.words for one in found if not one.way and one.paired]:
-        yield f"{where}: no difference that {few} can show ({'; '.join(paired)})."
+        yield f"{where}, this is no difference that {few} can show: {'; '.join(paired)}."
     if apart := [one.words for one in found if not one.way and not one.paired]:
         yield f"{where}: the intervals overlap, so taken by themselves they show no difference ({'; '.join(apart)})."
