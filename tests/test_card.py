@@ -293,9 +293,9 @@ def test_what_speaks_against_it_is_said(run: dict, report: dict) -> None:
     for words in (
         "its record says 'failed'",
         "48 items are few",
-        "Before and after training, this is no difference that 48 items can show: with 8 demonstrations 89.6% before, 97.9% "
-        "after, +8.3 (-2.1 to +18.8) points, p 0.300).",
-        "Against fine-tuning on the gold answers, at the same budget, this is no difference that 48 items can show: with 0 ",
+        "Before and after training, this is no difference that 48 items can show: with 8 demonstrations 89.6% before, "
+        "97.9% after, +8.3 (-2.1 to +18.8) points, p 0.300.",
+        "Against fine-tuning on the gold answers, at the same budget, this is no difference that 48 items can show: ",
         "The teacher itself is not better than a constant answer with 8 demonstrations",
         "Its expected calibration error is larger than before training, without an interval, that may be chance: 0.19 "
         "before, 0.3 after.",

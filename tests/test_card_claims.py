@@ -62,9 +62,9 @@ def test_paired_differences_decide_what_is_said() -> None:
     """Two intervals that overlap hide a difference that the same items show; and one item is no difference."""
     run, report = whole_run(), whole_report()
     said = limits_of(run, report)
-    assert f"Before and after training: {MINUS} (with 8 demonstrations 89.6% before, 97.9% after, +8.3" in said
+    assert f"Before and after training, this is {MINUS}: with 8 demonstrations 89.6% before, 97.9% after, +8.3" in said
     assert "brought nothing there" not in said and "lost" not in said
-    assert f"Against fine-tuning on the gold answers, at the same budget: {MINUS}" in said
+    assert f"Against fine-tuning on the gold answers, at the same budget, this is {MINUS}" in said
     table = build_card(run, report).split("The same items, asked of both: diff")[1]
     assert "| 0 | +93.8 (+85.4 to +100.0) | under 0.001 | -2.1 (-8.3 to +4.2) | 0.300 |" in table
     assert "| 8 | -2.1 (-8.3 to +4.2) | 0.300 |" in table.split("### Another task: plural")[1]
@@ -87,8 +87,8 @@ def test_an_interval_without_zero_is_not_enough() -> None:
     report = whole_report()
     report["differences"] = [difference(8, 0.0833, (0.02, 0.167)) | {"p_value": 0.125}]
     said = limits_of(whole_run(), report)
-    assert f"Before and after training: {MINUS} (with 8 demonstrations" in said
-    assert "+8.3 (+2.0 to +16.7) points, p 0.125)" in said, "the reader sees why"
+    assert f"Before and after training, this is {MINUS}: with 8 demonstrations" in said
+    assert "+8.3 (+2.0 to +16.7) points, p 0.125" in said, "the reader sees why"
 
 
 def test_changes_that_are_all_the_same_have_no_interval() -> None:
@@ -98,7 +98,9 @@ def test_changes_that_are_all_the_same_have_no_interval() -> None:
     text = build_card(whole_run(), report)
     assert "| 8 | +0.0 (no interval: no item changed) | 0.300 |" in text
     assert "| 0 | +100.0 (no interval: each item changed) | 0.500 |" in text
-    assert f"Before and after training: {MINUS} (with 0 demonstrations" in text, "two items that changed prove nothing"
+    assert f"Before and after training, this is {MINUS}: with 0 demonstrations" in text, (
+        "two items that changed prove nothing"
+    )
 
 
 def test_a_task_of_the_same_name_is_another_task() -> None:
