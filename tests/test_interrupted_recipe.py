@@ -66,11 +66,11 @@ def test_an_evaluation_that_is_told_to_end_says_so(
     """A scheduler that reads "started", or nothing, doesn't start the job again; and it isn't done."""
     told = []
 
-    def ask(self: Any, model: Any, task: Any, words: str) -> Any:
+    def ask(self: Any, model: Any, task: Any, words: str, *more: Any) -> Any:
         if words == stage and not told:
             told.append(words)
             kill()()
-        return original(self, model, task, words)
+        return original(self, model, task, words, *more)
 
     original = hfkd.run.conduct._Conductor._ask
     monkeypatch.setattr(hfkd.run.conduct._Conductor, "_ask", ask)

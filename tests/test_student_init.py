@@ -210,6 +210,7 @@ def test_a_run(folder: Path) -> None:
     words = run()
     assert "Student     3 of the 6 blocks of model, all weights are trained" in words
     record = json.loads(Path("out/run.json").read_text())
+    assert record["student"].pop("weights").startswith("model@")
     assert record["student"] == {"source": "folder", "kept_layers": [0, 2, 5], "layers_before": 6}
     assert record["recipe"]["student"]["init"] == {
         **{"from": "model", "keep_layers": [0, 2, 5]},
