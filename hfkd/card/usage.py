@@ -120,7 +120,7 @@ def asking_code(run: Mapping[str, Any]) -> Markdown:
     rest = f", stop_strings={stop}, tokenizer=tokenizer" if stop else ""
     answer = (
         f"output = model.generate(**inputs, max_new_tokens={longest}, do_sample=False{rest})\n"
-        'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))'
+        'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))'
     )
     return block(f"{ask}\n{answer}", "python")
 
