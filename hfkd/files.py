@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -50,3 +51,19 @@ def write_json(path: str | Path, content: Any) -> Path:
         The path.
     """
     return write_whole(path, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def try_folder(folder: str | Path) -> None:
+    """Try whether files can be written into a folder, or into the one that it would be made in; leaves nothing.
+
+    Args:
+        folder: It need not exist.
+
+    Raises:
+        OSError: They can't.
+    """
+    nearest = Path(folder).absolute()
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    with tempfile.TemporaryFile(dir=nearest):
+        pass

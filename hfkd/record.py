@@ -13,12 +13,11 @@ import json
 import platform
 import re
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from hfkd.files import write_json
+from hfkd.files import try_folder, write_json
 from hfkd.masking import is_secret, shareable
 
 RECORD_NAME = "run.json"
@@ -239,12 +238,8 @@ def check_writable(folder: str | Path) -> None:
     Raises:
         OSError: It, or the folder that it would be made in, can't be written into.
     """
-    nearest = Path(folder).absolute()
-    while not nearest.exists() and nearest != nearest.parent:
-        nearest = nearest.parent
     try:
-        with tempfile.TemporaryFile(dir=nearest):
-            pass
+        try_folder(folder)
     except OSError as error:
         raise OSError(
             f"The output folder {folder} can't be written into ({error.strerror or error}): nothing of the run could "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -52,12 +51,10 @@ def _check_file(path: Path) -> None:
     """
     if path.is_dir():
         raise IsADirectoryError(f"--json: {path} is a folder; expected a file to write the findings to")
-    nearest = path.absolute().parent
-    while not nearest.exists():
-        nearest = nearest.parent
+    from hfkd.files import try_folder
+
     try:
-        with tempfile.TemporaryFile(dir=nearest):
-            pass
+        try_folder(path.absolute().parent)
     except OSError as error:
         raise OSError(
             f"--json: {path} can't be written ({error.strerror or error}); give a file in a folder of yours"
