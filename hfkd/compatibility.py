@@ -54,6 +54,10 @@ def check_processes(use_cpu: bool = False, fsdp: Any = None) -> None:
     if wanted <= 1:
         return
     found = torch.cuda.device_count()
+    if not torch.accelerator.is_available() and not sharded:
+        raise ValueError(
+            f"{wanted} processes were started without a GPU, and each would train alone; set ACCELERATE_USE_CPU=true."
+        )
     if 0 < found < wanted or (not torch.accelerator.is_available() and sharded):
         otherwise = " (without one, accelerate would train on the CPU and shard nothing)" if not found else ""
         raise ValueError(

@@ -53,6 +53,13 @@ def test_a_config_for_more_gpus_than_there_are(
         DistillationConfig(str(tmp_path))
 
 
+def test_two_processes_without_a_gpu_are_told_how(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without the word to accelerate each process trains by itself, and both write into one folder."""
+    pretend(monkeypatch, 2, 0)
+    with pytest.raises(ValueError, match="ACCELERATE_USE_CPU=true"):
+        DistillationConfig(str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("processes", "gpus", "environment", "use_cpu"),
     [
@@ -60,7 +67,6 @@ def test_a_config_for_more_gpus_than_there_are(
         (1, 1, {"ACCELERATE_USE_FSDP": "true"}, False),
         (2, 1, {"ACCELERATE_USE_CPU": "True"}, False),
         (2, 1, {}, True),
-        (2, 0, {}, False),
         (1, 0, {"ACCELERATE_USE_FSDP": "true"}, True),
     ],
 )

@@ -31,7 +31,8 @@ def code_lines(recipe: Recipe) -> list[str]:
     values.
     """
     lines = []
-    if own := own_code(recipe):
+    own = {key: name for key, name in own_code(recipe).items() if not name.startswith("hfkd.")}
+    if own:
         lines += ["This recipe imports code of its own:", *(f"  {name} ({key})" for key, name in own.items())]
     if trusted := trusted_code(recipe):
         lines.append("This recipe lets the code of model repositories run:")

@@ -50,7 +50,9 @@ def differences_table(task: str, first: str, rows: list[Mapping[str, Any]]) -> T
     whose = "" if several else f"{escape(rows[0]['side'])} "
     title = f"{escape(task)} ({items} items): {whose}beside {escape(first)}"
     table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
-    table.caption = "[ ]: 95 % interval of a paired bootstrap, bold where 0 lies outside. + / -: items won and lost. "
+    table.caption = (
+        "[ ]: 95 % interval of a paired bootstrap, bold where 0 lies outside and p < 0.05. + / -: items won and lost. "
+    )
     table.caption += "Alike: how often both gave the same answer."
     table.caption_justify = "left"
     likeness = any("rationale_similarity" in row for row in rows)
@@ -98,7 +100,8 @@ def _difference(row: Mapping[str, Any]) -> str:
     else:
         text = f"{100 * row['difference']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
     text = escape(text)
-    return f"[bold]{text}[/bold]" if low > 0 or high < 0 else text
+    likely = row["p_value"] is not None and row["p_value"] >= 0.05
+    return f"[bold]{text}[/bold]" if (low > 0 or high < 0) and not likely else text
 
 
 def _same_answer(figures: Mapping[str, Any]) -> str:
