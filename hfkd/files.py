@@ -1,7 +1,10 @@
-"""Files that are there whole or not at all: nobody reads half of one, and a failure keeps the one before."""
+"""Files that are there whole or not at all: nobody reads half of one, and a failure keeps the one before. And what
+tells one file from another.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -67,3 +70,9 @@ def try_folder(folder: str | Path) -> None:
         nearest = nearest.parent
     with tempfile.TemporaryFile(dir=nearest):
         pass
+
+
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file, in hex digits."""
+    with Path(path).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

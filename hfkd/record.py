@@ -58,7 +58,8 @@ _FREE_TRAINING_KEYS = re.compile(
 )
 # Free too, unless what an evaluation finds changes the weights that are kept.
 _EVALUATION_KEYS = re.compile(r"^eval_.*$")
-_BY_EVALUATION = ("reduce_lr_on_plateau", "greedy")
+BY_EVALUATION = ("reduce_lr_on_plateau", "greedy")
+"""Schedules of the learning rate that follow from what evaluations in training find."""
 _WATCHED = ("fidelity", "samples")  # of `evaluation`: measured or shown, and nothing follows from them
 _NOT_SET, _SHOWN = "not set", 80
 
@@ -188,7 +189,7 @@ def _deciding(resolved: Mapping[str, Any]) -> dict[str, Any]:
     if kept.get("evaluation") is not None:
         kept["evaluation"] = {key: value for key, value in kept["evaluation"].items() if key not in _WATCHED}
     training = resolved.get("training") or {}
-    decides = training.get("load_best_model_at_end") or training.get("lr_scheduler_type") in _BY_EVALUATION
+    decides = training.get("load_best_model_at_end") or training.get("lr_scheduler_type") in BY_EVALUATION
     kept["training"] = {
         key: value
         for key, value in training.items()

@@ -623,3 +623,11 @@ def test_tasks_of_one_name_are_told_apart(folder: Path) -> None:
     )
     report = run(f"evaluation.forgetting={forgetting}").report
     assert [one["task"] for one in report["forgetting"]] == ["test", "test (2)"]
+
+
+def test_the_baseline_is_not_evaluated_before_its_first_step(folder: Path) -> None:
+    """With `eval_on_start` the fine-tuning on gold, which has nothing to evaluate on, ended a run that was trained."""
+    watched = ["training.eval_strategy=steps", "training.eval_steps=1", "training.eval_on_start=true"]
+    report = run(*watched, "evaluation.gold_baseline=true").report
+    assert report["k_shot"].keys() == {"before", "after", "gold"}
+    assert {entry["step"] for entry in report["evaluation_history"]} == {0, 1, 2}

@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 
 from hfkd.cache.code import Reading
 from hfkd.cache.codecs import make_codec
-from hfkd.cache.format import HEAD_NAME, CacheError, Manifest, file_digest
+from hfkd.cache.format import HEAD_NAME, CacheError, Manifest
+from hfkd.files import file_digest
 from hfkd.rows import DenseRows, Head, TopKRows
 from hfkd.teacher_rows import SampledRows
 

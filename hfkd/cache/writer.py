@@ -31,13 +31,12 @@ from hfkd.cache.format import (
     Manifest,
     compare,
     differences,
-    file_digest,
     json_digest,
     row_key,
     shard_name,
 )
 from hfkd.data.tokenize import Encoded
-from hfkd.files import write_whole
+from hfkd.files import file_digest, write_whole
 from hfkd.rows import DenseRows, Head
 
 SHARD_BYTES = 64 * 2**20

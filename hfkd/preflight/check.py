@@ -20,7 +20,7 @@ from rich.text import Text
 from torch import nn
 from transformers import PrinterCallback, ProgressCallback
 
-from hfkd.compatibility import check_parts, check_second_view
+from hfkd.compatibility import check_second_view
 from hfkd.config import DistillationConfig
 from hfkd.data.messages import prompt_key, text_key
 from hfkd.data.prompts import PromptBuilder
@@ -35,16 +35,14 @@ from hfkd.preflight.room import check_room, measure_room
 from hfkd.preflight.template import check_template, is_chat
 from hfkd.preflight.views import check_examples, show_examples
 from hfkd.preflight.vocabulary import compare_vocabularies, position_counts
-from hfkd.recipe.checks import is_own_class
 from hfkd.recipe.schema import Recipe
-from hfkd.record import OutputFolderError, check_output_folder
+from hfkd.record import BY_EVALUATION, OutputFolderError, check_output_folder
 from hfkd.rollout.hf import HFRollout
 from hfkd.rollout.on_policy import Mixture
-from hfkd.rollout.vllm import engine_class
-from hfkd.run.build import Run, make_config, settings_of
+from hfkd.run.build import ASIDE, Run, check_engine, check_imports, make_config, make_parts, settings_of
 from hfkd.run.evaluation import movable
 from hfkd.run.expected import expected_contract
-from hfkd.run.models import load_student, load_tokenizer, make_teacher, own_teacher, prepare_teacher
+from hfkd.run.models import load_student, load_tokenizer, prepare_teacher
 from hfkd.run.rows import load_data
 from hfkd.run.texts import answered_rows, fitting, fixed_demonstrations, make_dataset, unanswered, visited_rows
 from hfkd.run.training import make_trainer
@@ -56,17 +54,6 @@ if TYPE_CHECKING:
     from hfkd.trainer import DistillationTrainer
 
 _STYLES = {"passed": "bold green", "warning": "bold yellow", "error": "bold red"}
-# What would write into the run's folder or speak to trackers, and what needs an evaluation in training.
-_TRIAL = {
-    "save_strategy": "no",
-    "eval_strategy": "no",
-    "eval_on_start": False,
-    "load_best_model_at_end": False,
-    "report_to": "none",
-    "disable_tqdm": True,
-    "run_policy": "overwrite",
-}
-_BY_EVALUATION = ("reduce_lr_on_plateau", "greedy")
 
 
 def check_recipe(
@@ -169,14 +156,9 @@ class _Preflight:
 
     def _make_parts(self) -> bool:
         """The teacher, not loaded yet, and whether it goes with the terms."""
-        recipe, run = self.recipe, self.run
-        for section in (recipe.teacher, *recipe.teacher.members.values()):
-            if is_own_class(section.kind):
-                own_teacher(section.kind)
-        if recipe.data.generation.backend == "vllm":
-            engine_class()
-        run.teacher = make_teacher(recipe)
-        check_parts(run.objective, run.teacher, Mixture.of(recipe.data.shares), recipe.student.lora is not None)
+        check_imports(self.recipe)
+        check_engine(self.recipe)
+        make_parts(self.run)
         return True
 
     def _vocabulary(self) -> Iterator[Finding]:
@@ -342,8 +324,8 @@ class _Preflight:
 
 def _trial_of(recipe: Recipe, folder: Path) -> Recipe:
     """The recipe with an output folder that will be gone, and without what looks beyond a few steps."""
-    training = {**recipe.training, **_TRIAL, "output_dir": str(folder)}
-    if training.get("lr_scheduler_type") in _BY_EVALUATION:
+    training = {**recipe.training, **ASIDE, "disable_tqdm": True, "output_dir": str(folder)}
+    if training.get("lr_scheduler_type") in BY_EVALUATION:
         training["lr_scheduler_type"] = "constant"
     return recipe.model_copy(update={"training": training})
 

@@ -18,6 +18,7 @@ from typing import Any
 from hfkd.recipe.schema import Recipe
 from hfkd.recipe.source import near, shown
 from hfkd.recipe.teachers import OWN_CLASS, answer_faults, second_view_faults, teacher_faults
+from hfkd.record import BY_EVALUATION
 
 # Fields of DistillationConfig that have their place in another section.
 _ELSEWHERE = {
@@ -282,7 +283,7 @@ def _evaluation_in_training(recipe: Recipe) -> Iterator[str]:
         )
     if recipe.evaluation is not None and recipe.evaluation.gold_baseline:
         scheduler = recipe.training.get("lr_scheduler_type")
-        if scheduler in ("reduce_lr_on_plateau", "greedy"):
+        if scheduler in BY_EVALUATION:
             yield (
                 f"evaluation.gold_baseline: isn't evaluated while it trains, and lr_scheduler_type {scheduler!r} "
                 "follows from that; choose another one, or leave the baseline out"

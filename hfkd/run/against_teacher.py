@@ -15,7 +15,7 @@ from transformers.utils import is_torch_tf32_available
 from hfkd.data.collate import DistillationCollator
 from hfkd.objective import build_objective
 from hfkd.recipe.schema import Recipe, TeacherSection
-from hfkd.run.build import Run, make_config
+from hfkd.run.build import ASIDE, Run, make_config
 from hfkd.run.expected import deciding
 from hfkd.run.models import load_student, make_teacher, prepare_teacher
 from hfkd.run.provenance import deciding_code
@@ -103,8 +103,7 @@ def measure_against_teacher(run: Run, subject: Subject, model: nn.Module, publis
     section = run.recipe.evaluation.model_copy(update={"fidelity": True})
     recipe = run.recipe.model_copy(update={"evaluation": section})
     with tempfile.TemporaryDirectory() as scratch:
-        changes = {"output_dir": scratch, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
-        config = make_config(recipe, **changes, run_policy="overwrite")
+        config = make_config(recipe, **ASIDE, output_dir=scratch, disable_tqdm=True)
         teacher = _teacher(published, subject)
         prepare_teacher(recipe, teacher, model, run.tokenizer, Launch.of(config))
         asked = replace(run, recipe=recipe, config=config, model=model, teacher=teacher, objective=objective)

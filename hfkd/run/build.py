@@ -6,6 +6,7 @@ nothing and writes nothing: `hfkd.run` does.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from hfkd.teachers import Teacher
+
+
+ASIDE: Mapping[str, Any] = {
+    "save_strategy": "no",
+    "eval_strategy": "no",
+    "eval_on_start": False,
+    "load_best_model_at_end": False,
+    "report_to": "none",
+    "run_policy": "overwrite",
+}
+"""Settings of a training beside a recipe's own, for a comparison or a trial: nothing is kept of it, it isn't evaluated
+while it runs, and no tracker draws it into the run's curves.
+"""
 
 
 @dataclass
@@ -91,26 +105,44 @@ def build(recipe: Recipe, *, dry: bool = False) -> Run:
         OSError: A file is missing.
     """
     run = settings_of(recipe, dry)
-    for section in (recipe.teacher, *recipe.teacher.members.values()):
-        if is_own_class(section.kind):
-            own_teacher(section.kind)
+    check_imports(recipe)
     if dry:
         return run
-    if recipe.data.generation.backend == "vllm":
-        _check_engine()
+    check_engine(recipe)
     policy = recipe.training.get("run_policy", "refuse")
     if policy != "resume" or run.config.process_index == 0:  # it alone writes the record that is compared
         check_output_folder(run.output_dir, policy, run.fingerprint, recipe.resolved())
     run.take(load_data(recipe, run.sources))
     run.tokenizer = load_tokenizer(recipe.student)
     run.builder = PromptBuilder(run.tokenizer, run.style)
-    run.teacher = make_teacher(recipe)
-    _check_routes(recipe, run)
-    check_parts(run.objective, run.teacher, Mixture.of(recipe.data.shares), recipe.student.lora is not None)
+    make_parts(run)
     launch = _launch(recipe, run)
     run.model = load_student(recipe, seed=run.config.seed)
     prepare_teacher(recipe, run.teacher, run.model, run.tokenizer, launch)
     return run
+
+
+def check_imports(recipe: Recipe) -> None:
+    """Import the teachers' classes that are the user's own.
+
+    Raises:
+        ValueError: One can't be imported, or is no teacher.
+    """
+    for section in (recipe.teacher, *recipe.teacher.members.values()):
+        if is_own_class(section.kind):
+            own_teacher(section.kind)
+
+
+def make_parts(run: Run) -> None:
+    """Make the run's teacher, not loaded yet, and see that it goes with its rows, its terms and its student.
+
+    Raises:
+        ValueError: It doesn't.
+    """
+    recipe = run.recipe
+    run.teacher = make_teacher(recipe)
+    _check_routes(recipe, run)
+    check_parts(run.objective, run.teacher, Mixture.of(recipe.data.shares), recipe.student.lora is not None)
 
 
 def _launch(recipe: Recipe, run: Run) -> Launch:
@@ -134,8 +166,14 @@ def _launch(recipe: Recipe, run: Run) -> Launch:
     return replace(launch, is_zero3=False)
 
 
-def _check_engine() -> None:
-    """Make sure that vLLM is there, before anything is loaded."""
+def check_engine(recipe: Recipe) -> None:
+    """Make sure that vLLM is there if the recipe writes with it, before anything is loaded.
+
+    Raises:
+        ValueError: It isn't.
+    """
+    if recipe.data.generation.backend != "vllm":
+        return
     try:
         engine_class()
     except ImportError as error:

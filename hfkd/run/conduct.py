@@ -44,7 +44,7 @@ from hfkd.record import (
     rows_fingerprint,
 )
 from hfkd.rollout.on_policy import Mixture
-from hfkd.run.build import Run, build, make_config
+from hfkd.run.build import ASIDE, Run, build, make_config
 from hfkd.run.evaluation import ask, movable, plain_results
 from hfkd.run.expected import expected_contract, name_of
 from hfkd.run.models import describe_student, load_student, save_base
@@ -336,13 +336,9 @@ class _Conductor:
         """Fine-tune a fresh student on the data set's own answers: same adapter, seed, steps and prompts."""
         run, folder = self.run, self.run.output_dir / GOLD_BASELINE
         changes = {
+            **ASIDE,
             "output_dir": str(folder),
-            "save_strategy": "no",
             "save_only_model": False,  # the checkpoint of a signal is to be gone on from
-            "eval_strategy": "no",
-            "load_best_model_at_end": False,
-            "report_to": "none",  # a tracker would draw it into the run's own curves
-            "run_policy": "overwrite",
         }
         config = make_config(self.recipe, **changes)
         model = load_student(self.recipe, seed=run.config.seed)

@@ -6,7 +6,6 @@ Compares what a run wrote down with what is here now; loads no weights, and asks
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import re
 import sys
@@ -14,6 +13,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hfkd.files import file_digest
 from hfkd.named import import_named
 from hfkd.recipe.own_code import own_code
 from hfkd.recipe.schema import Recipe, StudentSection
@@ -54,7 +54,7 @@ def deciding_code(recipe: Recipe, sections: Collection[str]) -> dict[str, Any]:
         ValueError: It can't be imported.
     """
     return {
-        key: [name, *map(_digest, _sources(name, key))]
+        key: [name, *map(file_digest, _sources(name, key))]
         for key, name in own_code(recipe).items()
         if any(key == section or key.startswith(f"{section}.") for section in sections)
     }
@@ -154,8 +154,3 @@ def _sources(name: str, key: str) -> list[Path]:
     except (TypeError, ValueError):  # an object that has no source of its own
         pass
     return [Path(path) for path in dict.fromkeys(files) if path is not None and Path(path).is_file()]
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

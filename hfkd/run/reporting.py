@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hfkd.eval.comparison.compare import bootstrap_interval, sign_test
+from hfkd.eval.comparison.compare import paired
 from hfkd.eval.k_shot import KShotReport
 from hfkd.masking import shareable
 from hfkd.run.evaluation import plain_results
@@ -90,17 +90,10 @@ def paired_differences(task: str, reports: Reports) -> Iterator[dict[str, Any]]:
             former = reports[first].results.get(shots)
             if former is None or len(former.right) != len(result.right):
                 continue
-            changes = [int(now) - int(then) for then, now in zip(former.right, result.right, strict=True)]
-            yield {
-                "task": task,
-                "shots": str(shots),
-                "from": first,
-                "to": second,
-                "items": len(changes),
-                "difference": sum(changes) / len(changes),
-                "interval": list(bootstrap_interval(changes)),
-                "p_value": sign_test(changes.count(1), changes.count(-1)),
-            }
+            found = paired(former.right, result.right)
+            kept = {name: found[name] for name in ("difference", "interval", "p_value")}
+            pair = {"task": task, "shots": str(shots), "from": first, "to": second, "items": len(result.right)}
+            yield {**pair, **kept}
 
 
 def _accuracies(reports: Reports) -> dict[str, Any]:

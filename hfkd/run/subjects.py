@@ -5,13 +5,13 @@ Says where weights are, whether they are still the same, and loads them. What th
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfkd.eval.results import fingerprint_of
+from hfkd.files import file_digest
 from hfkd.loading import commit_of, load_adapter, load_config_of, readable
 from hfkd.recipe.schema import Recipe, StudentSection, TeacherSection
 from hfkd.run.expected import deciding
@@ -133,8 +133,7 @@ def _files(folder: Path) -> dict[str, list[Any]]:
 
 
 def _digest(path: Path) -> list[Any]:
-    with path.open("rb") as stream:
-        return [path.stat().st_size, hashlib.file_digest(stream, "sha256").hexdigest()]
+    return [path.stat().st_size, file_digest(path)]
 
 
 def weights_fingerprint(subject: Subject) -> str:

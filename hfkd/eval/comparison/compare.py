@@ -93,6 +93,32 @@ def sign_test(gained: int, lost: int) -> float:
     return min(1.0, 2 * tail / 2**together)
 
 
+def paired(first: Sequence[float], second: Sequence[float], draws: int = DRAWS, seed: int = 0) -> dict[str, Any]:
+    """How far the second scores are from the first ones, item by item.
+
+    Args:
+        first: The score of each item, 1 and 0 for right and wrong, or any number.
+        second: Of the same items.
+        draws: Of the bootstrap.
+        seed: Of the bootstrap.
+
+    Returns:
+        The `difference` of the means with its 95 % `interval`, how many items were `gained` and `lost`, and the
+        `p_value` of `sign_test` (None where scores aren't right or wrong).
+    """
+    before, after = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    moved = after - before
+    gained, lost = int((moved > 0).sum()), int((moved < 0).sum())
+    binary = bool(np.isin(np.concatenate([before, after]), (0.0, 1.0)).all())
+    return {
+        "difference": float(moved.mean()),
+        "interval": list(bootstrap_interval(moved, draws, seed)),
+        "gained": gained,
+        "lost": lost,
+        "p_value": sign_test(gained, lost) if binary else None,
+    }
+
+
 def compare_sides(sides: Sequence[Side], *, draws: int = DRAWS, seed: int = 0) -> dict[str, Any]:
     """Hold each side against the first one.
 
@@ -179,22 +205,15 @@ def _doubts(first: str, mine: Series, side: str, theirs: Series, row: Mapping[st
 
 
 def _compared(mine: Series, theirs: Series, shared: Sequence[Key], draws: int, seed: int) -> dict[str, Any]:
-    before = np.array([mine.scores[key] for key in shared])
-    after = np.array([theirs.scores[key] for key in shared])
-    moved = after - before
-    gained, lost = int((moved > 0).sum()), int((moved < 0).sum())
-    binary = bool(np.isin(np.concatenate([before, after]), (0.0, 1.0)).all())
+    before = [mine.scores[key] for key in shared]
+    after = [theirs.scores[key] for key in shared]
     row = {
         "task": mine.task,
         "measure": mine.measure,
         "shared": len(shared),
-        "first_score": float(before.mean()),
-        "score": float(after.mean()),
-        "difference": float(moved.mean()),
-        "interval": list(bootstrap_interval(moved, draws, seed)),
-        "gained": gained,
-        "lost": lost,
-        "p_value": sign_test(gained, lost) if binary else None,
+        "first_score": float(np.mean(before)),
+        "score": float(np.mean(after)),
+        **paired(before, after, draws, seed),
     }
     return {**row, **_answers_alike(mine, theirs, shared)}
 
