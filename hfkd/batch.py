@@ -21,6 +21,7 @@ IGNORE = -100
 
 _FIELDS = ("input_ids", "attention_mask", "labels")
 _BESIDE = ("route", "student_span", "teacher_span")
+_EACH_TOKEN = ("token_weights", "private")
 
 
 def predicted(labels: Tensor) -> Tensor:
@@ -122,6 +123,8 @@ class Batch:
             The two views then needn't learn the same ids.
         teacher_span: [B, T'] the same for the teacher's view.
         own_text: Whether the student wrote what is supervised.
+        private: [N] how private each supervised token is, from 0 (not at all) to 1: terms that learn the text count it
+            that much less, and losses may read it; None means 0.
     """
 
     student: View
@@ -131,6 +134,7 @@ class Batch:
     student_span: Tensor | None = None
     teacher_span: Tensor | None = None
     own_text: bool = False
+    private: Tensor | None = None
 
     @property
     def teacher_view(self) -> View:
@@ -142,15 +146,17 @@ class Batch:
 
         Returns:
             `input_ids`, `attention_mask`, `labels`, with a teacher view also `teacher_*`, with weights also
-            `token_weights` [B, T], and the other fields that are there under their names.
+            `token_weights` [B, T], with scores `private` [B, T], and the other fields that are there under their
+            names.
         """
         inputs = {name: getattr(self.student, name) for name in _FIELDS}
         if self.teacher is not None:
             inputs |= {f"teacher_{name}": getattr(self.teacher, name) for name in _FIELDS}
-        if self.token_weights is not None:
-            padded = torch.zeros(self.student.labels.shape, dtype=torch.float32, device=self.token_weights.device)
-            padded[:, 1:][predicted(self.student.labels)] = self.token_weights.float()
-            inputs["token_weights"] = padded
+        for name in _EACH_TOKEN:
+            if (values := getattr(self, name)) is not None:
+                padded = torch.zeros(self.student.labels.shape, dtype=torch.float32, device=values.device)
+                padded[:, 1:][predicted(self.student.labels)] = values.float()
+                inputs[name] = padded
         inputs |= {name: getattr(self, name) for name in _BESIDE if getattr(self, name) is not None}
         return inputs | ({"own_text": True} if self.own_text else {})
 
@@ -175,8 +181,8 @@ class Batch:
         teacher = None
         if "teacher_input_ids" in inputs:
             teacher = View(*(inputs[f"teacher_{name}"] for name in _FIELDS))
-        weights = inputs.get("token_weights")
-        if weights is not None:
-            weights = weights[:, 1:][predicted(student.labels)].float()
         beside = {name: inputs.get(name) for name in _BESIDE}
-        return cls(student, teacher, weights, **beside, own_text=bool(inputs.get("own_text", False)))
+        for name in _EACH_TOKEN:
+            padded = inputs.get(name)
+            beside[name] = None if padded is None else padded[:, 1:][predicted(student.labels)].float()
+        return cls(student, teacher, **beside, own_text=bool(inputs.get("own_text", False)))

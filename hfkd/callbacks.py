@@ -101,3 +101,6 @@ class Steps(TrainerCallback):
         self.trainer.objective.set_step(state.global_step, state.max_steps)
         if self.trainer.teacher is not None:
             self.trainer.teacher.after_step(state.global_step)
+        sampler = self.trainer.sampler
+        if sampler is not None and (found := sampler.after_step(self.trainer, state.global_step)):
+            self.trainer.log(found)

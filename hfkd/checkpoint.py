@@ -59,7 +59,12 @@ class Finding:
 
 
 def save_companions(
-    folder: str, objective: nn.Module, teacher: Teacher | None, writer: Writer | None = None, first: bool = True
+    folder: str,
+    objective: nn.Module,
+    teacher: Teacher | None,
+    writer: Writer | None = None,
+    first: bool = True,
+    beside: Mapping[str, Any] | None = None,
 ) -> None:
     """Write what has a state: the first process what all share, and each its own texts.
 
@@ -69,22 +74,29 @@ def save_companions(
         teacher: May hold a state.
         writer: May keep texts.
         first: Whether this process writes what all share.
+        beside: More owners of a state that all share, by the name of their file.
     """
-    for name, owner in _owners(objective, teacher, writer):
+    for name, owner in _owners(objective, teacher, writer, beside):
         state = owner.state_dict()
         if state and (first or owner is writer):
             Path(folder).mkdir(parents=True, exist_ok=True)  # another process may be here first
             save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, Path(folder) / name)
 
 
-def load_companions(folder: str, objective: nn.Module, teacher: Teacher | None, writer: Writer | None = None) -> None:
+def load_companions(
+    folder: str,
+    objective: nn.Module,
+    teacher: Teacher | None,
+    writer: Writer | None = None,
+    beside: Mapping[str, Any] | None = None,
+) -> None:
     """Take back what `save_companions` wrote.
 
     Raises:
         CheckpointError: Something here has a state, but the checkpoint holds none: it was made with other parts, or
             on another number of processes, or keeps the model only.
     """
-    for name, owner in _owners(objective, teacher, writer):
+    for name, owner in _owners(objective, teacher, writer, beside):
         if not owner.state_dict():
             continue
         file = Path(folder) / name
@@ -95,17 +107,21 @@ def load_companions(folder: str, objective: nn.Module, teacher: Teacher | None, 
             texts = f", on the number of processes that it was made with (here {processes})" if owner is writer else ""
             raise CheckpointError(
                 f"{folder} has no {name}, but {type(owner).__name__} has a state to restore. Resume with the "
-                f"objective, the teacher and the buffer that the checkpoint was made with{texts}, or start anew."
+                f"objective, the teacher, the buffer, the sampler and the revisers that the checkpoint was made "
+                f"with{texts}, or start anew."
             )
         owner.load_state_dict(load_file(file))
 
 
-def _owners(objective: nn.Module, teacher: Teacher | None, writer: Writer | None) -> Iterator[tuple[str, Any]]:
+def _owners(
+    objective: nn.Module, teacher: Teacher | None, writer: Writer | None, beside: Mapping[str, Any] | None
+) -> Iterator[tuple[str, Any]]:
     yield OBJECTIVE_FILE, objective
     if teacher is not None:
         yield TEACHER_FILE, teacher
     if writer is not None:
         yield TEXTS_FILE.format(process=PartialState().process_index), writer
+    yield from ((f"{name}.safetensors", owner) for name, owner in (beside or {}).items())
 
 
 # --- writing one

@@ -40,6 +40,7 @@ class Run:
         measure_agreement: Whether to count rows with the same likeliest token.
         tail: What becomes of the mass outside a sparse teacher's ids.
         read: What reads a block: `read_block`, or what `torch.compile` made of it.
+        private: [N] how private each token is, or None.
 
     Attributes:
         measures: Sums over the rows of the figures that losses noted, by `<term>/<name>`.
@@ -58,8 +59,10 @@ class Run:
         measure_agreement: bool = False,
         tail: Tail = "bucket",
         read: ReadBlock | None = None,
+        private: Tensor | None = None,
     ) -> None:
         self.terms, self.chunks, self.targets, self.weights = terms, chunks, targets, weights
+        self.private = private
         self.parameters, self.tail, self.read = parameters, tail, read or read_block
         self.head = head.detached()
         self.listed = isinstance(teacher, TopKRows | SampledRows)
@@ -151,7 +154,10 @@ class Run:
         beside = None
         if isinstance(self.teacher, AlignedRows):
             beside = self.teacher.alignment(work.chunk.rows).select(block)
-        chunk = TokenChunk(targets, logits, theirs, tail=self.tail, hidden=hidden, group=group, alignment=beside)
+        private = None if self.private is None else self.private[work.chunk.rows][block]
+        chunk = TokenChunk(
+            targets, logits, theirs, tail=self.tail, hidden=hidden, group=group, alignment=beside, private=private
+        )
         return chunk, _Inputs(leaf, bias, hidden)
 
     def _note(self, measures: dict[str, Tensor]) -> None:
@@ -178,6 +184,8 @@ def read_block(terms: Sequence[Term], chunk: TokenChunk, weights: Tensor | None)
     sums, noted = [], {}
     for term in terms:
         values = _row_values(term, chunk)
+        if chunk.private is not None and term.loss.learns_text:
+            values = values * (1 - chunk.private)  # else the text itself would give away what the teacher doesn't
         sums.append((values if weights is None else values * weights).sum())
         noted |= {f"{term.name}/{name}": found for name, found in chunk.measures.items()}
         chunk.measures = {}

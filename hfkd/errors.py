@@ -60,3 +60,7 @@ class CheckpointError(ValueError):
 
 class CheckpointNotSaved(OSError):
     """A checkpoint couldn't be written; the message names the last one that is whole."""
+
+
+class VerifierError(ValueError):
+    """A verifier raised, or gave something that is no number from 0 to 1; the message names it and the row."""

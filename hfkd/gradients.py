@@ -42,6 +42,7 @@ def norms_by_term(
     rows: tuple[Any, ...],
     states: Mapping[int, Tensor],
     own_text: bool = False,
+    private: Tensor | None = None,
 ) -> dict[str, float]:
     """Measure the gradient of each weighted term.
 
@@ -51,6 +52,7 @@ def norms_by_term(
         rows: The first arguments of the objective: student, signal, targets, weights, layout.
         states: The student's states.
         own_text: Whether the student wrote the text, which terms that learn it are then left out of.
+        private: [N] how private each token is, or None.
 
     Returns:
         For each term the L2 norm of d(weight * mean over this micro-batch's tokens) / d(the student's parameters that
@@ -63,7 +65,7 @@ def norms_by_term(
         if not term.weight or (own_text and term.loss.learns_text):
             norms[term.name] = 0.0
             continue
-        total = objective.alone(term.name)(*rows, states=states).total
+        total = objective.alone(term.name)(*rows, states=states, private=private).total
         if not total.requires_grad:
             norms[term.name] = 0.0  # nothing that learns is reached
             continue

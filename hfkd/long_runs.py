@@ -44,6 +44,7 @@ from hfkd.record import UNFINISHED, check_writable, checkpoints, rows_fingerprin
 from hfkd.rollout.on_policy import Writer
 from hfkd.sharding import own_names
 from hfkd.teachers import Teacher
+from hfkd.writing import deciders
 
 logger = logging.getLogger(__name__)
 
@@ -281,7 +282,8 @@ class LongRunTrainer(PublishingTrainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Beside the optimizer, in checkpoints only: what the losses learned is no part of the student."""
         super()._save_optimizer_and_scheduler(output_dir)
-        save_companions(output_dir, self.objective, self.teacher, self.writer, first=self.args.should_save)
+        parts = (self.objective, self.teacher, self.writer)
+        save_companions(output_dir, *parts, first=self.args.should_save, beside=deciders(self))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As in `Trainer`, and what was saved beside them. DeepSpeed loads its model in a way of its own, so the
@@ -289,7 +291,7 @@ class LongRunTrainer(PublishingTrainer):
         """
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            load_companions(checkpoint, self.objective, self.teacher, self.writer)
+            load_companions(checkpoint, self.objective, self.teacher, self.writer, beside=deciders(self))
 
     # --- ending early
 

@@ -190,6 +190,7 @@ class Objective(nn.Module):
         measure_agreement: bool = False,
         states: Mapping[int, Tensor] | None = None,
         own_text: bool = False,
+        private: Tensor | None = None,
     ) -> LossSum:
         """Sum the terms over all rows.
 
@@ -202,6 +203,8 @@ class Objective(nn.Module):
             measure_agreement: Whether to count rows with the same likeliest token.
             states: [N, H] the student's states by their number, for losses on states.
             own_text: Whether the student wrote the text; terms that learn the text itself are then left out.
+            private: [N] how private each token is, from 0 to 1; None means 0. Terms that learn the text count a token
+                that much less.
 
         Raises:
             ValueError: The rows of student, teacher, targets or weights differ in number, or no term is left.
@@ -222,7 +225,7 @@ class Objective(nn.Module):
         if any(isinstance(term.loss, StateLoss) for term in terms):
             rows_of_states = _state_rows(states, signal, layout, targets)
         head, teacher = shared_vocabulary(student.head, teacher, targets)
-        run = self._run(terms, head, teacher, targets, weights, layout, measure_agreement)
+        run = self._run(terms, head, teacher, targets, weights, layout, measure_agreement, private)
         totals, parts = [], {}
         if run.terms:
             total, sums = run.total(DenseRows(student.hidden, head))
@@ -247,6 +250,7 @@ class Objective(nn.Module):
         weights: Tensor | None,
         layout: RowLayout,
         measure_agreement: bool,
+        private: Tensor | None,
     ) -> Run:
         """The walk of the terms on tokens."""
         terms = [term for term in terms if not isinstance(term.loss, StateLoss)]
@@ -256,7 +260,7 @@ class Objective(nn.Module):
             self._read = torch.compile(read_block)
         chunks = plan_chunks(terms, layout, self.chunk_size or self._room)
         learned = [parameter for term in terms for parameter in term.loss.parameters() if parameter.requires_grad]
-        options = {"measure_agreement": measure_agreement, "tail": self.tail, "read": self._read}
+        options = {"measure_agreement": measure_agreement, "tail": self.tail, "read": self._read, "private": private}
         return Run(terms, chunks, head, teacher, targets, weights, learned, **options)
 
 

@@ -46,6 +46,7 @@ class TokenChunk:
         hidden: [n, H] the student's last hidden states, for losses with a head of their own; else None.
         group: The number of the group that these rows are, for losses that compare rows; else None.
         alignment: How the rows lie beside those of a teacher with another vocabulary; None where it has the student's.
+        private: [n] how private each token is, from 0 to 1, for losses that show less of such tokens; None means 0.
 
     Attributes:
         aligned: [n] whether the teacher has a row that predicts the same text; None where it has the student's
@@ -64,8 +65,9 @@ class TokenChunk:
         hidden: Tensor | None = None,
         group: int | None = None,
         alignment: Alignment | None = None,
+        private: Tensor | None = None,
     ) -> None:
-        self.targets, self.hidden, self.group, self.tail = targets, hidden, group, tail
+        self.targets, self.hidden, self.group, self.tail, self.private = targets, hidden, group, tail, private
         self.aligned = self.span = self.span_log_probs = None
         if alignment is not None:
             self.aligned, self.span = alignment.aligned, alignment.span

@@ -11,15 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from hfkd.batch import Batch, predicted
@@ -48,15 +45,17 @@ from hfkd.long_runs import LongRunTrainer
 from hfkd.metrics import Meter, per_token
 from hfkd.objective import LossSum, Objective, build_objective
 from hfkd.packing import run_view
+from hfkd.revision.base import Reviser
 from hfkd.rollout.base import Rollout
 from hfkd.rollout.buffer import OffPolicyBuffer
 from hfkd.rollout.on_policy import Mixture, Writer
 from hfkd.rows import DenseRows, Head, RowLayout, supervised
+from hfkd.sampling.base import ExampleSampler
 from hfkd.signal import STATES, TeacherSignal
 from hfkd.states import recording
 from hfkd.student import as_it_was, check_head, make_student, pad_token
 from hfkd.teachers import Teacher, as_teacher, evaluating
-from hfkd.writing import make_writer
+from hfkd.writing import attach_deciders, made_ready, make_writer
 
 
 class DistillationTrainer(LongRunTrainer):
@@ -85,6 +84,8 @@ class DistillationTrainer(LongRunTrainer):
             own text, terms that learn the text itself (cross-entropy) are left out.
         rollout: How text is written; None greedily, up to 32 tokens or a stop string of `prompts`, with transformers.
         buffer: Keeps what was written, to be learned from again; None keeps nothing.
+        sampler: Which example comes next; None draws as `Trainer` does.
+        revisers: What changes the batches of a step before their tokens are counted, in this order.
         callbacks: As in `Trainer`.
         optimizers: As in `Trainer`.
         trainer_kwargs: More arguments of `Trainer`.
@@ -118,6 +119,8 @@ class DistillationTrainer(LongRunTrainer):
         answer: str | Mapping[str, float] = "dataset",
         rollout: Rollout | None = None,
         buffer: OffPolicyBuffer | None = None,
+        sampler: ExampleSampler | None = None,
+        revisers: Sequence[Reviser] = (),
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         **trainer_kwargs: Any,
@@ -158,6 +161,8 @@ class DistillationTrainer(LongRunTrainer):
         self._prepare_objective()
         self.writer = self._make_writer(mixture, rollout, buffer)
         self.meter = Meter(self.args.device)
+        self.sampler, self.revisers = sampler, list(revisers)
+        attach_deciders(self)
 
     # --- before training
 
@@ -224,29 +229,24 @@ class DistillationTrainer(LongRunTrainer):
         self.objective.to(self.args.device)
         same_everywhere(self.objective.parameters())
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return super()._get_train_sampler(train_dataset) if self.sampler is None else self.sampler
+
     # --- a step
 
     def get_batch_samples(
         self, epoch_iterator: Iterable, num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | None]:
-        """Take the micro-batches of a step, let their text be written anew where that is wanted, and count the
-        supervised tokens on all processes.
+        """Take the micro-batches of a step, let their text be written anew and revised where that is wanted, and
+        count the supervised tokens on all processes.
 
         Raises:
             NothingToLearn: There is no supervised token in the whole step.
         """
-        batches = []
-        for _ in range(num_batches):
-            try:
-                batches.append(next(epoch_iterator))
-            except StopIteration:
-                break
+        batches = list(islice(epoch_iterator, num_batches))
         if not batches:
             return batches, None
-        if self.writer is not None:
-            batches = self.writer.rewrite(batches, self.state.global_step)
-            for name, ratio in self.writer.figures().items():
-                self.meter.add_ratio(name, *ratio)
+        batches = made_ready(self, batches)
         supervised_here = sum(int(predicted(batch["labels"]).sum()) for batch in batches)
         totals = total_over_processes([supervised_here, self.preemption.asked], device)
         tokens, stopping = totals.tolist()
@@ -321,9 +321,12 @@ class DistillationTrainer(LongRunTrainer):
         student = DenseRows(supervised(hidden, labels), Head.of(module))
         rows = (student, signal, view.targets, batch.token_weights, RowLayout.of(view.labels))
         if self.args.log_gradient_norms and self.model.training and self._will_log():
-            self.meter.gradients = norms_by_term(self.objective, module, rows, states, batch.own_text)
+            self.meter.gradients = norms_by_term(
+                *(self.objective, module, rows, states, batch.own_text, batch.private)
+            )
         measure = self.args.log_agreement and signal is not None and self._will_log()
-        result = self.objective(*rows, measure_agreement=measure, states=states, own_text=batch.own_text)
+        beside = {"states": states, "own_text": batch.own_text, "private": batch.private}
+        result = self.objective(*rows, measure_agreement=measure, **beside)
         return result.total, result  # the total by itself, for the hooks that wrappers hang on what comes out
 
     def _will_log(self) -> bool:

@@ -1,11 +1,12 @@
-"""What writes a step's text in a training, made of what the user gave and what follows from student and data."""
+"""What makes a step's batches ready to be learned: which examples, who writes their text, what is revised of it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, Trainer
 
 from hfkd.compatibility import check_room
 from hfkd.data.prompts import PromptStyle
@@ -78,3 +79,47 @@ def make_writer(
         buffer=buffer,
         pad_id=pad_token(tokenizer),
     )
+
+
+def attach_deciders(trainer: Trainer) -> None:
+    """Tell a trainer's sampler and revisers whose they are.
+
+    Args:
+        trainer: A `DistillationTrainer` with `sampler` and `revisers`.
+
+    Raises:
+        ValueError: There is nothing to draw from, or what they need isn't there.
+    """
+    args, dataset = trainer.args, trainer.train_dataset
+    if trainer.sampler is not None:
+        if not isinstance(dataset, DistillationDataset):
+            raise ValueError(
+                "A sampler draws from rows, and train_dataset is "
+                f"{'missing' if dataset is None else type(dataset).__name__}. Pass rows, or leave `sampler` out."
+            )
+        size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        trainer.sampler.attach(dataset, seed=args.data_seed or args.seed, examples_per_step=size)
+    for reviser in trainer.revisers:
+        reviser.attach(trainer)
+
+
+def deciders(trainer: Trainer) -> dict[str, Any]:
+    """What decides what is learned and may have a state, by the name of its file in a checkpoint."""
+    named = {f"reviser_{place}": reviser for place, reviser in enumerate(trainer.revisers)}
+    return named if trainer.sampler is None else {"sampler": trainer.sampler, **named}
+
+
+def made_ready(trainer: Trainer, batches: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The micro-batches of a step as they will be learned: with new text where it is written, then revised.
+
+    Args:
+        trainer: A `DistillationTrainer`; its meter hears the figures.
+        batches: From the data loader.
+    """
+    step, revised = trainer.state.global_step, list(batches)
+    makers = [] if trainer.writer is None else [(trainer.writer, trainer.writer.rewrite)]
+    for maker, change in [*makers, *((reviser, reviser.revise) for reviser in trainer.revisers)]:
+        revised = change(revised, step)
+        for name, ratio in maker.figures().items():
+            trainer.meter.add_ratio(name, *ratio)
+    return revised

@@ -60,6 +60,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "trainer",
         "origins",
         "energy",
+        *("measures", "token_figures", "reading"),
+        *("sampling", "revision", "transforms"),
     ),
     ("eval", "report", "card", "hub"),
     (

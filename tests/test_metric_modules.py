@@ -16,7 +16,7 @@ import torch
 from conftest import make_model, make_tokenizer
 
 import hfkd.eval.metrics
-from hfkd.eval import measures
+from hfkd import measures
 from hfkd.eval.canaries import canary_exposure, log_perplexities
 from hfkd.eval.metrics import METRICS, load_metric, metric_path
 from hfkd.eval.similarity import rouge_l

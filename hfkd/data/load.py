@@ -22,11 +22,11 @@ logger = logging.getLogger(__name__)
 
 CANONICAL = (
     *("prompt", "completion", "messages", "privileged_context", "demonstrations", "answer"),
-    *("token_weights", "teacher"),
+    *("token_weights", "teacher", "domain", "verification"),
 )
 """The columns that a row may have; any other column of a file is left behind."""
 
-_TEXTS = ("prompt", "completion", "answer", "privileged_context", "teacher")
+_TEXTS = ("prompt", "completion", "answer", "privileged_context", "teacher", "domain")
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Source:
 
     Args:
         path: A .json, .jsonl, .csv, .parquet or .yaml file, a folder of such files, a data set of the hub by its id,
-            or `reasoning_gym:<task>`.
+            or `reasoning_gym:<task>` (several tasks, as many rows of each: `reasoning_gym:<task>,<task>`).
         name: Configuration of a hub data set.
         split: Split of a folder or a hub data set; slices such as `train[:100]` work. A single file is one split, so
             any name stands for all of it.
@@ -69,8 +69,8 @@ def load_rows(source: Source, *, require_completion: bool = True) -> Dataset:
 
     Returns:
         A data set with `prompt` and `completion`, or `messages`, and where given `privileged_context`,
-        `demonstrations`, `answer`, `token_weights` and `teacher`; `answer` is the stripped completion where there is
-        none.
+        `demonstrations`, `answer`, `token_weights`, `teacher`, `domain` and `verification`; `answer` is the stripped
+        completion where there is none.
 
     Raises:
         ValueError: The file, split, task, format or a column doesn't exist, a value is empty or of the wrong kind, or

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -130,8 +131,31 @@ def _way_out(error: BaseException, source: RawSource) -> str:
     return ""
 
 
-def _gym(task: str, source: RawSource) -> list[dict[str, Any]]:
-    """Different questions of a reasoning-gym task, the same ones for the same seed, size and options."""
+def _gym(names: str, source: RawSource) -> list[dict[str, Any]]:
+    """Different questions of a reasoning-gym task, the same ones for the same seed, size and options; of several tasks
+    (`a,b,c`) as many of each, with the task as their `domain`, and with options by the task's name.
+    """
+    tasks = names.split(",")
+    if len(tasks) == 1:
+        return _gym_task(names, source.size or 500, source.options, source)
+    if unknown := [name for name in source.options if name not in tasks]:
+        raise DataError(
+            f"{source.path} has options for {unknown[0]!r}; with several tasks expected {{<task>: {{<option>: "
+            f"<value>}}}}{near(unknown[0], tasks)}"
+        )
+    size, more = divmod(source.size or 500, len(tasks))
+    if size == 0:
+        raise DataError(
+            f"{source.path} names {len(tasks)} tasks, and size is {source.size}; expected at least one each"
+        )
+    rows = []
+    for place, task in enumerate(tasks):
+        found = _gym_task(task, size + (place < more), source.options.get(task, {}), source)
+        rows += [{**row, "domain": task} for row in found]
+    return rows
+
+
+def _gym_task(task: str, size: int, options: dict[str, Any], source: RawSource) -> list[dict[str, Any]]:
     try:
         from reasoning_gym.factory import DATASETS, create_dataset
     except ImportError as error:
@@ -141,16 +165,15 @@ def _gym(task: str, source: RawSource) -> list[dict[str, Any]]:
     if task not in DATASETS:
         raise DataError(f"reasoning-gym has no task {task!r}{near(task, DATASETS) or _some(DATASETS)}")
     known = [each.name for each in dataclasses.fields(DATASETS[task][1]) if each.name not in ("seed", "size")]
-    for option in source.options:
+    for option in options:
         if option not in known:
             more = "; set size and seed beside options" if option in ("seed", "size") else near(option, known)
             raise DataError(f"{source.path} has no option {option!r}{more}; it has {', '.join(known) or 'none'}")
-    size = source.size or 500
     try:
         # some tasks repeat themselves, so more are made than are wanted
-        made = create_dataset(task, seed=source.seed, size=4 * size, **source.options)
+        made = create_dataset(task, seed=source.seed, size=4 * size, **options)
     except (AssertionError, TypeError, ValueError) as error:
-        raise DataError(f"{source.path}: the options {source.options} are refused: {error}") from error
+        raise DataError(f"{source.path}: the options {options} are refused: {error}") from error
     return _unique(made, size, source.path)
 
 
@@ -168,7 +191,12 @@ def _unique(made: Any, size: int, path: str) -> list[dict[str, Any]]:
             )
         rows.setdefault(
             " ".join(item["question"].casefold().split()),
-            {"prompt": item["question"], "completion": str(item["answer"]), "answer": str(item["answer"])},
+            {
+                "prompt": item["question"],
+                "completion": str(item["answer"]),
+                "answer": str(item["answer"]),
+                "verification": json.dumps(item["metadata"], default=str),  # what the task's own checker reads
+            },
         )
         if len(rows) == size:
             return list(rows.values())

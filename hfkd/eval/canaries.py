@@ -1,6 +1,6 @@
 """Does a model remember a secret? Scores a canary among the texts that could have been inserted in its place.
 
-How the rank becomes an exposure is `hfkd.eval.measures.exposure`; who inserted the canary, and how often, isn't known
+How the rank becomes an exposure is `hfkd.measures.exposure`; who inserted the canary, and how often, isn't known
 here. An exposure proves that something leaked; a small one proves nothing.
 """
 
@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hfkd.batch import IGNORE, View
 from hfkd.data.collate import DistillationCollator
-from hfkd.eval.measures import exposure
+from hfkd.measures import exposure
 from hfkd.packing import run_view
 from hfkd.plan import rows_that_fit
 from hfkd.rows import DenseRows, Head, RowLayout, input_device, supervised
@@ -43,7 +43,7 @@ def canary_exposure(
         batch_size: Texts that are read together.
 
     Returns:
-        What `hfkd.eval.measures.exposure` returns, and `log_perplexity`, that of the canary (nats).
+        What `hfkd.measures.exposure` returns, and `log_perplexity`, that of the canary (nats).
 
     Raises:
         ValueError: There are no other candidates, a text has no token, or the model's outputs aren't numbers.

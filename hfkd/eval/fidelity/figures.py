@@ -2,7 +2,7 @@
 
 The texts go through the trainer's own evaluation loop, so that whatever a student may be wrapped in or spread over,
 each process runs as many forwards as the others. The figures are of temperature 1 and count every supervised token
-alike. What they are computed with is `hfkd.eval.measures`; whether the answers are right is `hfkd.eval.k_shot`.
+alike. What they are computed with is `hfkd.measures`; whether the answers are right is `hfkd.eval.k_shot`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from hfkd.eval import measures
-from hfkd.eval.fidelity.token_figures import SideFigures, TokenFigures
+from hfkd import measures
 from hfkd.eval.fidelity.walk import VOCABULARY, Walk, check_teacher
+from hfkd.token_figures import SideFigures, TokenFigures
 from hfkd.trainer import DistillationTrainer
 
 _WORDS = {"agreement": "agreement", "forward_kl": "KL(teacher || student)", "reverse_kl": "KL(student || teacher)"}

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from hfkd.batch import Batch
 from hfkd.data.views import DistillationDataset
 from hfkd.distributed import run_inside
-from hfkd.eval.fidelity.token_figures import TokenFigures, figures_of, join
 from hfkd.packing import run_view
 from hfkd.rows import DenseRows, Head, RowLayout, TopKRows, supervised
 from hfkd.signal import DISTRIBUTION
 from hfkd.student import as_it_was, check_head
 from hfkd.teacher_rows import LogitRows, TeacherRows
 from hfkd.teachers import Teacher
+from hfkd.token_figures import TokenFigures, figures_of, join
 from hfkd.trainer import DistillationTrainer
 
 VOCABULARY = "vocabulary"

@@ -1,7 +1,7 @@
 """Fidelity as `evaluate.Metric` modules that lie in this package: nothing is fetched from a hub.
 
 Each module is a file of its own that `evaluate.load(metric_path(name))` takes as it is. `load_metric` makes the same
-metric without copying the file to evaluate's cache. What they compute with is `hfkd.eval.measures`, which the report
+metric without copying the file to evaluate's cache. What they compute with is `hfkd.measures`, which the report
 of a run uses too.
 """
 

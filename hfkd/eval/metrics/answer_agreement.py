@@ -7,9 +7,9 @@ from typing import Any
 import evaluate
 
 from hfkd.eval.answers import match
-from hfkd.eval.measures import agreement
 from hfkd.eval.metrics import inputs
 from hfkd.intervals import wilson_interval
+from hfkd.measures import agreement
 
 _CITATION = "After https://arxiv.org/abs/2505.15442."
 _INPUTS = """

@@ -6,8 +6,8 @@ from typing import Any
 
 import evaluate
 
-from hfkd.eval.measures import BINS, brier_score, calibration_error, reliability
 from hfkd.eval.metrics import inputs
+from hfkd.measures import BINS, brier_score, calibration_error, reliability
 
 _CITATION = "Guo et al., 2017, https://arxiv.org/abs/1706.04599; Brier, 1950."
 _INPUTS = """

@@ -7,8 +7,8 @@ from typing import Any
 import evaluate
 import numpy as np
 
-from hfkd.eval.measures import exposure
 from hfkd.eval.metrics import inputs
+from hfkd.measures import exposure
 
 _CITATION = "Carlini et al., 2019, https://arxiv.org/abs/1802.08232."
 _INPUTS = """

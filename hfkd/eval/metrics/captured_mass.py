@@ -6,8 +6,8 @@ from typing import Any
 
 import evaluate
 
-from hfkd.eval.measures import mass_on
 from hfkd.eval.metrics import inputs
+from hfkd.measures import mass_on
 
 _INPUTS = """
 Args:

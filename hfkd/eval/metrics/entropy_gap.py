@@ -6,8 +6,8 @@ from typing import Any
 
 import evaluate
 
-from hfkd.eval.measures import entropy
 from hfkd.eval.metrics import inputs
+from hfkd.measures import entropy
 
 _INPUTS = """
 Args:

@@ -6,8 +6,8 @@ from typing import Any
 
 import evaluate
 
-from hfkd.eval.measures import RESAMPLES, forgetting
 from hfkd.eval.metrics import inputs
+from hfkd.measures import RESAMPLES, forgetting
 
 _INPUTS = """
 Args:

@@ -6,8 +6,8 @@ from typing import Any
 
 import evaluate
 
-from hfkd.eval.measures import perplexity
 from hfkd.eval.metrics import inputs
+from hfkd.measures import perplexity
 from hfkd.rows import LOWEST
 
 _INPUTS = """

@@ -6,8 +6,8 @@ from typing import Any
 
 import evaluate
 
-from hfkd.eval.measures import agreement, chance_agreement
 from hfkd.eval.metrics import inputs
+from hfkd.measures import agreement, chance_agreement
 
 _INPUTS = """
 Args:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hfkd.chunks import BLOCK_VALUES
-from hfkd.eval.measures import brier_score, divergence, entropy, mass_on
+from hfkd.measures import brier_score, divergence, entropy, mass_on
 from hfkd.objective import shared_vocabulary
 from hfkd.plan import rows_that_fit
 from hfkd.rows import DenseRows, TopKRows

@@ -1,0 +1,10 @@
+"""Training rows made of training rows."""
+
+from __future__ import annotations
+
+from hfkd.transforms.base import RowTransform, Workshop
+
+TRANSFORMS: dict[str, str] = {}
+"""Recipe keys of the transforms, and where their classes are: `module:Class`, imported when asked for."""
+
+__all__ = ["TRANSFORMS", "RowTransform", "Workshop"]
