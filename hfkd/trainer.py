@@ -98,6 +98,7 @@ class DistillationTrainer(LongRunTrainer):
     loss_is_scaled_for_ga = True
 
     _eval_sums: list[LossSum] | None = None
+    sampler: ExampleSampler | None = None
     _heads_checked = False
 
     def __init__(
@@ -135,10 +136,8 @@ class DistillationTrainer(LongRunTrainer):
             processing_class = load_tokenizer_of(model, args.model_init_kwargs)
         self._prompts = prompts or PromptStyle(question="{prompt}", answer="{completion}", separator="\n", stop=())
         self._view_settings = {
-            "args": args,
-            "demonstrations": demonstrations,
-            "student_shots": student_shots,
-            "token_weights": token_weights,
+            **{"args": args, "demonstrations": demonstrations},
+            **{"student_shots": student_shots, "token_weights": token_weights},
             "teacher": self.teacher if self.objective.needs or mixture.shares.get("teacher") else None,
             "own_collator": data_collator is not None,
         }
@@ -161,8 +160,7 @@ class DistillationTrainer(LongRunTrainer):
         self._prepare_objective()
         self.writer = self._make_writer(mixture, rollout, buffer)
         self.meter = Meter(self.args.device)
-        self.sampler, self.revisers = sampler, list(revisers)
-        attach_deciders(self)
+        attach_deciders(self, sampler, revisers)
 
     # --- before training
 

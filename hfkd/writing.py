@@ -11,11 +11,13 @@ from transformers import PreTrainedTokenizerBase, Trainer
 from hfkd.compatibility import check_room
 from hfkd.data.prompts import PromptStyle
 from hfkd.data.views import DistillationDataset
+from hfkd.revision.base import Reviser
 from hfkd.rollout.base import GenerationSettings, Rollout
 from hfkd.rollout.buffer import OffPolicyBuffer
 from hfkd.rollout.hf import HFRollout
 from hfkd.rollout.on_policy import Mixture, ModelContext, Writer
 from hfkd.rows import position_count
+from hfkd.sampling.base import ExampleSampler
 from hfkd.student import pad_token
 from hfkd.teachers import Teacher
 
@@ -81,15 +83,18 @@ def make_writer(
     )
 
 
-def attach_deciders(trainer: Trainer) -> None:
-    """Tell a trainer's sampler and revisers whose they are.
+def attach_deciders(trainer: Trainer, sampler: ExampleSampler | None, revisers: Sequence[Reviser]) -> None:
+    """Give a trainer its sampler and its revisers, and tell them whose they are.
 
     Args:
-        trainer: A `DistillationTrainer` with `sampler` and `revisers`.
+        trainer: A `DistillationTrainer` that is otherwise ready.
+        sampler: Draws its examples; None leaves that to `Trainer`.
+        revisers: Change its batches.
 
     Raises:
         ValueError: There is nothing to draw from, or what they need isn't there.
     """
+    trainer.sampler, trainer.revisers = sampler, list(revisers)
     args, dataset = trainer.args, trainer.train_dataset
     if trainer.sampler is not None:
         if not isinstance(dataset, DistillationDataset):

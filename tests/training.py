@@ -45,7 +45,7 @@ def make_trainer(
         "callbacks",
         "prompts",
         "token_weights",
-        *("answer", "rollout", "buffer"),
+        *("answer", "rollout", "buffer", "sampler", "revisers"),
     )
     parts = {name: overrides.pop(name) for name in names if name in overrides}
     settings = {

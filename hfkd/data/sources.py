@@ -195,7 +195,7 @@ def _unique(made: Any, size: int, path: str) -> list[dict[str, Any]]:
                 "prompt": item["question"],
                 "completion": str(item["answer"]),
                 "answer": str(item["answer"]),
-                "verification": json.dumps(item["metadata"], default=str),  # what the task's own checker reads
+                "verification": json.dumps(item.get("metadata"), default=str),  # what the task's own checker reads
             },
         )
         if len(rows) == size:

@@ -18,6 +18,7 @@ from typing import Any
 from hfkd.recipe.schema import Recipe
 from hfkd.recipe.source import near, shown
 from hfkd.recipe.teachers import OWN_CLASS, answer_faults, second_view_faults, teacher_faults
+from hfkd.recipe.values import plain_value
 from hfkd.record import BY_EVALUATION
 
 # Fields of DistillationConfig that have their place in another section.
@@ -41,7 +42,7 @@ def find_faults(recipe: Recipe) -> list[str]:
     """Every impossible combination, one line each; also converts numbers that YAML reads as texts in `training`."""
     checks = (
         *(_loading, teacher_faults, second_view_faults, _loss, answer_faults),
-        *(_columns, _shots, _evaluation, _names, _training, _hub),
+        *(_columns, _parts, _shots, _evaluation, _names, _training, _hub),
     )
     return [fault for check in checks for fault in check(recipe)]
 
@@ -105,7 +106,7 @@ def _loss_arguments(prefix: str, loss: type, given: dict[str, Any]) -> list[str]
             faults.append(f"{prefix}{name}: unknown key{near(name, known)} (known here: {', '.join(known)})")
             continue
         try:
-            given[name] = _plain_value(hints.get(name), value)
+            given[name] = plain_value(hints.get(name), value)
         except ValueError as error:
             faults.append(f"{prefix}{name}: got {shown(value)} ({type(value).__name__}); expected {error}")
     return faults
@@ -156,6 +157,12 @@ def _columns(recipe: Recipe) -> Iterator[str]:
     if "token_weights" in recipe.data.train.columns and recipe.data.token_weights is None:
         column = recipe.data.train.columns["token_weights"]
         yield f"data.train.columns: maps token_weights, but nothing reads it; set data.token_weights to {column!r}"
+
+
+def _parts(recipe: Recipe) -> Iterator[str]:
+    from hfkd.recipe.parts import part_faults
+
+    yield from part_faults(recipe)
 
 
 def _shots(recipe: Recipe) -> Iterator[str]:
@@ -242,7 +249,7 @@ def _training(recipe: Recipe) -> Iterator[str]:
         if value is False and name.endswith("_strategy"):
             value = "no"  # which YAML reads as false
         try:
-            recipe.training[name] = _plain_value(hints.get(name), value)
+            recipe.training[name] = plain_value(hints.get(name), value)
         except ValueError as error:
             yield f"training.{name}: got {shown(value)} ({type(value).__name__}); expected {error}"
     if not isinstance(recipe.training.get("output_dir"), str) or not recipe.training["output_dir"]:
@@ -288,42 +295,6 @@ def _evaluation_in_training(recipe: Recipe) -> Iterator[str]:
                 f"evaluation.gold_baseline: isn't evaluated while it trains, and lr_scheduler_type {scheduler!r} "
                 "follows from that; choose another one, or leave the baseline out"
             )
-
-
-def _plain_value(hint: Any, value: Any) -> Any:
-    """A value as its field's type wants it: YAML reads `2e-4` as a text, which is a number here.
-
-    Raises:
-        ValueError: The value can't be of the type; the message says what was expected.
-    """
-    kinds = set(typing.get_args(hint)) or {hint}
-    others = kinds - {int, float, bool, str, type(None)}
-    if value is None or (others and not (kinds & {int, float} and isinstance(value, int | float | str))):
-        return value  # lists, mappings, enumerations: their owner checks them itself
-    if isinstance(value, bool):
-        return _or_refuse(value, bool in kinds, "a number" if kinds & {int, float} else "a text")
-    if isinstance(value, int | float):
-        whole = isinstance(value, int) or float in kinds
-        return _or_refuse(
-            value, bool(kinds & {int, float}) and whole, "a whole number" if int in kinds else _wanted(kinds)
-        )
-    if isinstance(value, str) and str not in kinds and float in kinds:
-        try:
-            return float(value)
-        except ValueError:
-            raise ValueError("a number") from None
-    return _or_refuse(value, isinstance(value, str) and str in kinds, _wanted(kinds))
-
-
-def _or_refuse(value: Any, fits: bool, expected: str) -> Any:
-    if not fits:
-        raise ValueError(expected)
-    return value
-
-
-def _wanted(kinds: set[Any]) -> str:
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-    return " or ".join(text for kind, text in names.items() if kind in kinds)
 
 
 def _hub(recipe: Recipe) -> Iterator[str]:

@@ -256,11 +256,20 @@ class GenerationSection(Section):
     reuse: Annotated[Number, Field(ge=0, lt=1)] = 0.0
 
 
+class PartSection(BaseModel):
+    """A sampler, a reviser or a transform; every key besides `kind` is an argument of its class."""
+
+    model_config = ConfigDict(extra="allow")
+
+    kind: Text
+
+
 class DataSection(Section):
     """What both models read. Lengths are in tokens; `student_shots` is drawn anew at each visit of an example.
 
     `answer: teacher` has the teacher write all answers once, before training; shares, and `student`, have them written
-    at each step.
+    at each step. `sampler` says which example comes next, `transforms` make the rows that are trained on, and `revise`
+    changes each step's batches.
     """
 
     train: SourceSection
@@ -274,6 +283,9 @@ class DataSection(Section):
     too_long: Literal["raise", "drop"] = "raise"
     whole_text: StrictBool = False
     token_weights: Text | None = None  # a column, or package.module:function
+    sampler: PartSection | None = None
+    transforms: list[PartSection] = []
+    revise: list[PartSection] = []
     seed: int = 0
 
     @property

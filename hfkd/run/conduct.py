@@ -45,6 +45,7 @@ from hfkd.record import (
 )
 from hfkd.rollout.on_policy import Mixture
 from hfkd.run.build import ASIDE, Run, build, make_config
+from hfkd.run.deciding import transformed
 from hfkd.run.evaluation import ask, movable, plain_results
 from hfkd.run.expected import expected_contract, name_of
 from hfkd.run.models import describe_student, load_student, save_base
@@ -171,6 +172,10 @@ class _Conductor:
         if self.recipe.data.answer == "teacher":
             with self._clock("teacher_answers"):
                 rows = self._with_teacher_answers(rows)
+        with self._clock("transforms"):
+            rows, told = transformed(run, rows, lambda text: self.console.print(text, markup=False, highlight=False))
+        if told:
+            self.record.data["transforms"] = told
         if "dataset" not in self.recipe.data.shares:
             rows = unanswered(run, rows)
         trainer = make_trainer(run, rows, run.model, run.teacher, run.objective, run.config)
@@ -238,7 +243,8 @@ class _Conductor:
 
     def _waits(self) -> bool:
         """Whether the student stays where it was loaded until the trainer cuts it, since nobody asks it before."""
-        asked = self.run.evaluation is not None or self.recipe.data.answer == "teacher"
+        data = self.recipe.data
+        asked = self.run.evaluation is not None or data.answer == "teacher" or bool(data.transforms)
         launch = Launch.of(self.run.config)
         return (launch.is_fsdp2 or launch.is_zero3) and not asked
 

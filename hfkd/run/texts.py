@@ -99,8 +99,10 @@ def fitting(run: Run) -> tuple[Rows, DistillationDataset]:
 
 
 def visited_rows(run: Run, rows: Sequence[dict[str, Any]]) -> Rows:
-    """The rows that training visits."""
-    config = run.config
+    """The rows that training visits; all of them where the recipe chooses among them."""
+    config, data = run.config, run.recipe.data
+    if data.sampler is not None or data.transforms:
+        return list(rows)
     if config.max_steps > 0:
         step = config.train_batch_size * config.gradient_accumulation_steps * config.world_size
         examples = config.max_steps * step

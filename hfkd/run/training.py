@@ -11,6 +11,7 @@ from hfkd.data.collate import DistillationCollator
 from hfkd.data.views import DistillationDataset
 from hfkd.eval.tracking import KShotCallback
 from hfkd.objective import Objective
+from hfkd.recipe.parts import make_revisers, make_sampler
 from hfkd.rollout.base import Rollout
 from hfkd.rollout.buffer import OffPolicyBuffer
 from hfkd.rollout.hf import HFRollout
@@ -36,8 +37,8 @@ def make_trainer(
 ) -> DistillationTrainer:
     """A trainer over these rows, with both views of each example, and the writer of its texts, as the recipe says.
 
-    Without a teacher it learns the rows' own answers. Where `config.eval_strategy` says so, it evaluates while it
-    trains: the loss on held-out texts, and what `hfkd.eval.tracking` asks.
+    Without a teacher it learns the rows' own answers, all of them alike. Where `config.eval_strategy` says so, it
+    evaluates while it trains: the loss on held-out texts, and what `hfkd.eval.tracking` asks.
 
     Args:
         run: With its rows, its tokenizer and its prompt builder.
@@ -53,6 +54,7 @@ def make_trainer(
     """
     writes = teacher is not None and set(run.recipe.data.shares) != {"dataset"}
     written = {"answer": run.recipe.data.shares, "rollout": make_rollout(run), "buffer": make_buffer(run)}
+    aside = teacher is None and run.recipe.teacher.kind != "none"  # a training for comparison
     evaluates = config.eval_strategy != IntervalStrategy.NO
     return DistillationTrainer(
         model,
@@ -65,6 +67,7 @@ def make_trainer(
         data_collator=DistillationCollator(run.tokenizer.pad_token_id),
         callbacks=make_callbacks(run) if evaluates else [],
         **(written if writes else {}),
+        **({} if aside else {"sampler": make_sampler(run.recipe), "revisers": make_revisers(run.recipe)}),
     )
 
 

@@ -1,0 +1,121 @@
+"""The parts of a recipe that are a class with its arguments: samplers, revisers and transforms, by key or by
+`package.module:Class`.
+
+Finds the class, holds the arguments against its constructor, and makes the object. What the objects do is known where
+they are defined.
+"""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from hfkd.named import import_class
+from hfkd.recipe.schema import PartSection, Recipe
+from hfkd.recipe.source import near, shown
+from hfkd.recipe.teachers import OWN_CLASS
+from hfkd.recipe.values import plain_value
+from hfkd.revision import REVISERS, Reviser
+from hfkd.sampling import SAMPLERS, ExampleSampler
+from hfkd.transforms import TRANSFORMS, RowTransform
+
+Part = ExampleSampler | Reviser | RowTransform
+
+_WORDS = {"sampler": "sampler", "revise": "reviser", "transforms": "transform"}
+
+
+def part_faults(recipe: Recipe) -> Iterator[str]:
+    """Faults of the parts, each under its key; classes of the user's own aren't imported."""
+    for key, section, known, base in _places(recipe):
+        if OWN_CLASS.match(section.kind):
+            continue
+        if section.kind not in known:
+            word = _WORDS[key.split(".")[1]]
+            yield (
+                f"{key}.kind: there is no {word} {shown(section.kind)}{near(section.kind, known)} (known: "
+                f"{', '.join(known)}; your own is named as package.module:Class)"
+            )
+            continue
+        cls = import_class(known[section.kind], key, base)
+        faults = list(_argument_faults(key, cls, section.model_extra or {}))
+        yield from faults
+        if not faults:
+            yield from _beside(recipe, key, cls)
+            try:
+                cls(**(section.model_extra or {}))
+            except (ValueError, TypeError) as error:
+                yield f"{key}: {error}"
+    yield from _cached(recipe)
+
+
+def make_sampler(recipe: Recipe) -> ExampleSampler | None:
+    """The sampler of a recipe; None where it has none.
+
+    Raises:
+        ValueError: A class of the user's own can't be imported, or refuses its arguments. So do the next two.
+    """
+    found = [part for part in _made(recipe) if isinstance(part, ExampleSampler)]
+    return found[0] if found else None
+
+
+def make_revisers(recipe: Recipe) -> list[Reviser]:
+    """The revisers of a recipe, in their order."""
+    return [part for part in _made(recipe) if isinstance(part, Reviser)]
+
+
+def make_transforms(recipe: Recipe) -> list[RowTransform]:
+    """The transforms of a recipe, in their order."""
+    return [part for part in _made(recipe) if isinstance(part, RowTransform)]
+
+
+def _made(recipe: Recipe) -> Iterator[Part]:
+    for key, section, known, base in _places(recipe):
+        cls = import_class(known.get(section.kind, section.kind), f"{key}.kind", base)
+        try:
+            yield cls(**(section.model_extra or {}))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{key}: {error}") from error
+
+
+def _places(recipe: Recipe) -> Iterator[tuple[str, PartSection, Mapping[str, str], type[Part]]]:
+    data = recipe.data
+    if data.sampler is not None:
+        yield "data.sampler", data.sampler, SAMPLERS, ExampleSampler
+    for number, section in enumerate(data.revise):
+        yield f"data.revise.{number}", section, REVISERS, Reviser
+    for number, section in enumerate(data.transforms):
+        yield f"data.transforms.{number}", section, TRANSFORMS, RowTransform
+
+
+def _argument_faults(key: str, cls: type, given: dict[str, Any]) -> Iterator[str]:
+    """Unknown names and values of a wrong type; numbers that YAML reads as texts are converted."""
+    parameters = {} if cls.__init__ is object.__init__ else inspect.signature(cls).parameters
+    hints = typing.get_type_hints(cls.__init__)
+    for name, value in given.items():
+        if name not in parameters:
+            known = ["kind", *parameters]
+            yield f"{key}.{name}: unknown key{near(name, known)} (known here: {', '.join(known)})"
+            continue
+        try:
+            given[name] = plain_value(hints.get(name), value)
+        except ValueError as error:
+            yield f"{key}.{name}: got {shown(value)} ({type(value).__name__}); expected {error}"
+    for name, parameter in parameters.items():
+        if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD and name not in given:
+            yield f"{key}.{name}: is required and is not given"
+
+
+def _beside(recipe: Recipe, key: str, cls: type[Part]) -> Iterator[str]:
+    if getattr(cls, "needs_teacher", True) and recipe.teacher.kind == "none":
+        yield f"{key}: asks the teacher, and teacher.kind is none; name a teacher, or leave this part out"
+
+
+def _cached(recipe: Recipe) -> Iterator[str]:
+    """A cache knows the texts that it was made of, and no others."""
+    if recipe.teacher.cache is not None and recipe.data.transforms:
+        yield (
+            "data.transforms: changes the rows, and teacher.cache holds what the teacher says of those before; train "
+            "without teacher.cache"
+        )
