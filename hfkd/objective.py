@@ -115,11 +115,12 @@ class Objective(nn.Module):
         Raises:
             ValueError: A term reads states and there is no teacher's model, or its layers don't fit the models.
         """
-        vocab_size = Head.of(student).vocab_size
+        head = Head.of(student)
         for term in self.terms:
             if not isinstance(term.loss, StateLoss):
-                _check_ids(term, vocab_size)
-                term.loss.prepare(state_width(student), vocab_size)
+                _check_ids(term, head.vocab_size)
+                term.loss.prepare(state_width(student), head.vocab_size)
+                term.loss.read_head(head.weight)
                 continue
             if teacher is None:
                 raise ValueError(

@@ -182,8 +182,14 @@ def recipe_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> lis
     return [f"{key} (was {_shown(was)}, is {_shown(now_is)})" for key, was, now_is in _unlike(old, new)]
 
 
+# Keys that recipes didn't always have; without a value they change nothing.
+_ADDED = frozenset({"adapters", "reinforcement", "sampler", "transforms", "revise"})
+
+
 def _deciding(resolved: Mapping[str, Any]) -> dict[str, Any]:
     kept = {section: _without_secrets(section, value) for section, value in resolved.items() if section != "hub"}
+    kept = {section: value for section, value in kept.items() if value or section not in _ADDED}
+    kept["data"] = {key: value for key, value in (kept.get("data") or {}).items() if value or key not in _ADDED}
     if (kept.get("teacher") or {}).get("cache") is not None:
         kept["teacher"] = {**kept["teacher"], "cache": "cached"}
     if kept.get("evaluation") is not None:

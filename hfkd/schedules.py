@@ -1,6 +1,7 @@
 """A number that changes while a run goes on: the weight of a term, or its temperature.
 
-A schedule is a pure function of the step, so that nothing about it has to be kept in a checkpoint.
+A schedule is a pure function of the step, so that nothing about it has to be kept in a checkpoint. One kind of
+number doesn't change while a run goes on but from run to run: with the share of the rows that is kept.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 KINDS = ("linear", "cosine", "step", "stairs")
+KEPT = "kept"
 
 
 @dataclass(frozen=True)
@@ -136,16 +138,59 @@ class Schedule:
         return {key: value for key, value in asdict(self).items() if key != "stairs" or value is not None}
 
 
+def kept_weight(kept: float, full: float, empty: float) -> float:
+    """A weight on the straight line between that of all rows and that of none.
+
+    With fewer rows the labels say less and the teacher has to say more, so its weight is to rise as rows are left
+    out. That it should is what the paper found; the straight line is ours.
+
+    Paper:
+        Ben-Baruch, Botach, Kviatkovsky, Aggarwal and Medioni, 2024, https://arxiv.org/abs/2403.07854.
+    Args:
+        kept: The share of the rows that is trained on, above 0 and at most 1 (`keep` of the transform `prune`).
+        full: The weight where all are.
+        empty: What the weight goes to where hardly any is.
+
+    Raises:
+        ValueError: The share isn't one, or a weight is no finite number.
+
+    Example:
+        >>> round(kept_weight(0.3, full=0.5, empty=1.0), 6)
+        0.85
+    """
+    numbers = (kept, full, empty)
+    if not all(isinstance(one, (int, float)) and not isinstance(one, bool) and math.isfinite(one) for one in numbers):
+        raise ValueError(f"it has kept {kept!r}, full {full!r} and empty {empty!r}; expected finite numbers")
+    if not 0 < kept <= 1:
+        raise ValueError(f"kept is {kept!r}; expected the share of the rows that is kept, above 0 and at most 1")
+    return float(empty + (full - empty) * kept)
+
+
+def _constant_of_kept(value: Mapping[str, Any], name: str) -> float:
+    if set(value) != {"schedule", "kept", "full", "empty"}:
+        raise ValueError(
+            f"{name} is {dict(value)!r}; expected kept with its three numbers, such as "
+            "{schedule: kept, kept: 0.3, full: 0.5, empty: 1.0}."
+        )
+    try:
+        return kept_weight(value["kept"], value["full"], value["empty"])
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}.") from error
+
+
 def constant_or_schedule(value: float | Mapping[str, Any] | Schedule, name: str) -> float | Schedule:
     """Read a number, or the recipe form of a schedule.
 
     Args:
-        value: A number, a `Schedule`, or its fields as a mapping.
+        value: A number, a `Schedule`, its fields as a mapping, or `{schedule: kept, kept, full, empty}`, which is a
+            number too (see `kept_weight`).
         name: What it is, for messages.
 
     Raises:
         ValueError: It is neither; the message begins with the name.
     """
+    if isinstance(value, Mapping) and value.get("schedule") == KEPT:
+        return _constant_of_kept(value, name)
     if isinstance(value, (Schedule, float, int)) and not isinstance(value, bool):
         return value if isinstance(value, Schedule) else float(value)
     known = [field.name for field in fields(Schedule)]
@@ -178,6 +223,8 @@ def in_words(value: float | Mapping[str, Any]) -> str:
     """A number, or the recipe form of a schedule, for a reader."""
     if not isinstance(value, Mapping):
         return f"{value:g}"
+    if value["schedule"] == KEPT:
+        return f"({_constant_of_kept(value, 'the weight'):g} for a kept share of {value['kept']:g})"
     end = "the last step" if value.get("end_step") is None else f"step {value['end_step']}"
     kind = value["schedule"] if value.get("stairs") is None else f"{value['stairs']} stairs"
     return f"({kind}, {value['start']:g} to {value['end']:g} by {end})"

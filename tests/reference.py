@@ -43,6 +43,11 @@ def cross_entropy(student_logits: Tensor, teacher_logits: Tensor | None, targets
     return -torch.log(chosen)
 
 
+def embedding_neighbours(student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor) -> Tensor:
+    """Without a head to find neighbours in it is cross-entropy; tests/test_neighbours.py has the rest."""
+    return cross_entropy(student_logits, teacher_logits, targets)
+
+
 def forward_kl(
     student_logits, teacher_logits, targets=None, temperature=1.0, scale_by_temperature_squared=True
 ) -> Tensor:
@@ -179,6 +184,33 @@ def sinkhorn(
     return scaled(value, temperature, scale_by_temperature_squared)
 
 
+def swing(
+    student_logits,
+    teacher_logits,
+    targets=None,
+    measure="forward_kl",
+    private=None,
+    max_temperature=10.0,
+    noise="none",
+    noise_share=0.1,
+    student_too=False,
+    temperature=1.0,
+    scale_by_temperature_squared=True,
+) -> Tensor:
+    """The measure between q and the teacher at temperature h = T + (max_temperature - T) s, mixed with uniform noise;
+    random noise has no definition but its mean.
+    """
+    s = torch.zeros(len(student_logits), dtype=torch.float64) if private is None else private.double()
+    h = (temperature + (max_temperature - temperature) * s)[:, None]
+    p = torch.softmax(teacher_logits.double() / h, -1)
+    if noise != "none":
+        mixed = noise_share * s[:, None]
+        p = torch.where(mixed > 0, (1 - mixed) * p + mixed / p.shape[-1], p)
+    q = torch.softmax(student_logits.double() / (h if student_too else temperature), -1)
+    value = REFERENCES[measure](q.log(), p.log(), targets)
+    return value * (temperature**2 * (1 - s) + s) if scale_by_temperature_squared else value
+
+
 REFERENCES: dict[str, Callable[..., Tensor]] = {
     "cross_entropy": cross_entropy,
     "forward_kl": forward_kl,
@@ -193,6 +225,7 @@ REFERENCES: dict[str, Callable[..., Tensor]] = {
     "alpha_beta": alpha_beta,
     "normalized_kd": normalized_kd,
     "adaptive_label_smoothing": adaptive_label_smoothing,
+    "embedding_neighbours": embedding_neighbours,
     "clipped_kl": clipped_kl,
     "logit_binary_kl": logit_binary_kl,
     "logit_mse": logit_mse,
@@ -202,6 +235,7 @@ REFERENCES: dict[str, Callable[..., Tensor]] = {
     "span_correlation": span_correlation,
     "uld": uld,
     "span_likelihood": span_likelihood,
+    "swing": swing,
 }
 
 

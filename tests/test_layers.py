@@ -39,7 +39,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "files",
         "intervals",
     ),
-    ("losses", "terms", "plan", "chunks", "objective", "data", "cache"),
+    ("losses", "terms", "plan", "chunks", "objective", "data", "cache", "privacy"),
     ("teachers", "rollout"),
     (
         "metrics",
@@ -63,9 +63,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *("measures", "token_figures", "reading"),
         *("sampling", "revision", "transforms"),
     ),
-    ("eval", "report", "card", "hub"),
+    ("eval", "report", "card", "hub", "reinforcement", "adapters"),
     (
-        *("recipe", "run", "preflight"),
+        *("recipe", "run", "preflight", "labels"),
         *("cli", "__main__"),
     ),
 )

@@ -18,6 +18,7 @@ from hfkd.card.limits import limits, teacher_figure
 from hfkd.card.markdown import Markdown, block, bullets, code, code_cell, joined, plain, table
 from hfkd.card.marker import marked
 from hfkd.card.metadata import licence, licence_words, metadata
+from hfkd.card.methods import methods_lines
 from hfkd.card.objective import cited, temperatures, term_lines, terms_of
 from hfkd.card.reading import count, section, text
 from hfkd.card.results import (
@@ -119,6 +120,7 @@ def _story(run: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, Any]:
         "answers": answers_words(run),
         "empty": count(run, "data.teacher_answers.empty"),
         "lengths": lengths_words(run),
+        "methods": bullets(methods_lines(run)),
         "terms": bullets(term_lines(terms)),
         "temperatures": temperatures(terms),
         "bibtex": _bibtex(run, cited(terms)),

@@ -8,6 +8,7 @@ from typing import Any
 from hfkd.card.course import ending
 from hfkd.card.differences import against_before, against_forgetting, against_gold
 from hfkd.card.fidelity import interval_of
+from hfkd.card.methods import hides
 from hfkd.card.reading import count, number, section, text, value
 from hfkd.card.results import accuracy_of, details_of, each, items_of, other_tasks, shots_of
 from hfkd.card.teaching import demonstrations, moves, moving_words
@@ -28,6 +29,7 @@ def limits(run: Mapping[str, Any], report: Mapping[str, Any]) -> list[str]:
         *_teacher(run, details),
         *_answers(run),
         *_left_out(run),
+        *_privacy(run),
         *_fidelity(run, report),
         *_forgetting(report),
     ]
@@ -58,6 +60,14 @@ def _measuring(report: Mapping[str, Any], details: Mapping[str, Any]) -> Iterato
         yield "Some figures are no better than a constant answer; see the remarks below the table."
     if any(count(result, "cut") for _, _, result in each(details)):
         yield "Some answers were cut at the limit of tokens and may count as wrong for that alone."
+
+
+def _privacy(run: Mapping[str, Any]) -> Iterator[str]:
+    if hides(run):
+        yield (
+            "Tokens that a scorer found private were shown less of. This is no guarantee of privacy: what the scorer "
+            "didn't find was learned like everything else."
+        )
 
 
 def _teacher(run: Mapping[str, Any], details: Mapping[str, Any]) -> Iterator[str]:

@@ -33,9 +33,14 @@ def check(
         from hfkd.cli.quiet import quiet_libraries
         from hfkd.preflight import check_recipe, exit_code
         from hfkd.preflight.findings import write_findings
+        from hfkd.recipe import expand
 
         quiet_libraries()
-        findings = check_recipe(loaded, processes=world_size, items=items)
+        findings = [
+            finding
+            for one in expand(loaded).values()  # several adapters are several runs
+            for finding in check_recipe(one, processes=world_size, items=items)
+        ]
         if json is not None:
             write_findings(json, findings, recipe)
         code = exit_code(findings, strict)

@@ -50,14 +50,14 @@ class DistillationCollator:
 
         Args:
             features: Examples with `student`, `teacher` (or None), `index`, and optionally `token_weights`, one number
-                for each token of the student's view, of which only those of supervised tokens count, and `route`, the
-                number of the row's teacher; with a teacher that has another tokenizer `student_span` and
-                `teacher_span`, the number of each token's span.
+                for each token of the student's view, of which only those of supervised tokens count, `route`, the
+                number of the row's teacher, and `group`, that of its domain; with a teacher that has another tokenizer
+                `student_span` and `teacher_span`, the number of each token's span.
 
         Returns:
             `input_ids`, `attention_mask`, `labels` [B, T], `teacher_*` [B, T'] where there are teacher views, and
-            `token_weights` [B, T], `route` [B], `student_span` [B, T] and `teacher_span` [B, T'] where the examples
-            have them.
+            `token_weights` [B, T], `route` [B], `group` [B], `student_span` [B, T] and `teacher_span` [B, T'] where
+            the examples have them.
 
         Raises:
             NothingToLearn: No token of an example is supervised.
@@ -79,12 +79,15 @@ class DistillationCollator:
         if with_weights:
             padded = self._pad([_weights(feature) for feature in features], 0.0).float()
             weights = padded[:, 1:][student.labels[:, 1:] != IGNORE]
-        route = None
-        if _all_or_none(features, "route"):
-            route = torch.tensor([feature["route"] for feature in features], dtype=torch.long)
+        numbers = {
+            name: torch.tensor([feature[name] for feature in features], dtype=torch.long)
+            for name in ("route", "group")
+            if _all_or_none(features, name)
+        }
         names = ("student_span", "teacher_span") if with_spans else ()
         spans = {name: self._pad([feature[name] for feature in features], NO_SPAN) for name in names}
-        return Batch(student, teacher, weights, route=route, **spans).to_inputs()
+        inputs = Batch(student, teacher, weights, route=numbers.get("route"), **spans).to_inputs()
+        return inputs | numbers  # a domain is for what decides what is learned: no model and no loss reads it
 
     def _view(self, sequences: Sequence[Mapping[str, list[int]]], pad_token_id: int) -> View:
         return View(

@@ -30,7 +30,7 @@ class Example(TypedDict):
     """What the collator takes: two views and the place of an example; `teacher` is None where one view is enough.
     `token_weights`, one for each token of the student's view, and `route`, the number of the row's teacher, are there
     where they were asked for; `student_span` and `teacher_span`, the number of each token's span, where the teacher
-    has a tokenizer of its own.
+    has a tokenizer of its own; `group`, the number of the row's domain, where all rows have one.
     """
 
     student: Encoded
@@ -40,6 +40,7 @@ class Example(TypedDict):
     route: NotRequired[int]
     student_span: NotRequired[list[int]]
     teacher_span: NotRequired[list[int]]
+    group: NotRequired[int]
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,7 @@ class DistillationDataset(Dataset):
             teacher reads; empty where that changes with the student's draws.
         longest_prompts: By view (`student`, `teacher`), the most tokens that any example has before its last answer,
             with the longest demonstrations that a draw can pick.
+        groups: The names that the column `domain` has, sorted; empty where it is missing in a row.
         dropped: Rows left out because a view was too long, or the tokenizers had nothing in common.
         dropped_demonstrations: Rows left out because they are demonstrations.
 
@@ -165,6 +167,7 @@ class DistillationDataset(Dataset):
         self._teacher: list[_Stored] = []
         self._spans: list[tuple[np.ndarray, np.ndarray]] = []
         self.shared_prefix: list[int] = []
+        self.groups: list[str] = []
         self._read_rows()
 
     def __len__(self) -> int:
@@ -186,6 +189,8 @@ class DistillationDataset(Dataset):
             example["token_weights"] = weights_of(self.token_weights, row, student["labels"], IGNORE)
         if self.route is not None:
             example["route"] = route_of(self.route, row)
+        if self.groups:
+            example["group"] = self.groups.index(str(row["domain"]))
         if self._spans:
             ours, theirs = self._spans[index]
             example["student_span"] = span_column(ours.tolist(), student["labels"])
@@ -244,6 +249,7 @@ class DistillationDataset(Dataset):
         fixed = {prompt_key(shown) for shown in self.demonstrations}
         weight = _weigher(self.builder)
         constant: list[np.ndarray] = []
+        domains: set[str] = set()
         for number in range(len(self._rows)):
             row = self._rows[number]
             try:
@@ -251,11 +257,13 @@ class DistillationDataset(Dataset):
                     self.dropped_demonstrations += 1
                     continue
                 self._read_row(number, row, weight, constant)
+                domains.add(str(row.get("domain")))
             except ValueError as error:
                 if isinstance(error, _TooLong):
                     raise
                 raise ValueError(f"{self.name} row {number}: {error}") from error
         self._check_left()
+        self.groups = [] if "None" in domains else sorted(domains)
         if not self.second_view:
             self._teacher = []
         elif self.whole_text:

@@ -17,6 +17,7 @@ from hfkd.losses.kl import ForwardKL, ReverseKL
 from hfkd.losses.label_smoothing import AdaptiveLabelSmoothing
 from hfkd.losses.logits import LogitDivergence, LogitMSE, StandardizedKL
 from hfkd.losses.mutual_information import MutualInformation
+from hfkd.losses.neighbours import EmbeddingNeighbours
 from hfkd.losses.normalized_kd import NormalizedKD
 from hfkd.losses.ranking import HingeRanking, LogisticRanking
 from hfkd.losses.relation import Relation
@@ -24,6 +25,7 @@ from hfkd.losses.sinkhorn import Sinkhorn
 from hfkd.losses.skew import SkewForwardKL, SkewReverseKL
 from hfkd.losses.span import SpanCorrelation
 from hfkd.losses.state import StateLoss, StateRows
+from hfkd.losses.swing import Swing
 from hfkd.losses.total_variation import TotalVariation
 
 LOSSES: dict[str, type[TokenLoss]] = {
@@ -40,6 +42,7 @@ LOSSES: dict[str, type[TokenLoss]] = {
     "alpha_beta": AlphaBeta,
     "normalized_kd": NormalizedKD,
     "adaptive_label_smoothing": AdaptiveLabelSmoothing,
+    "embedding_neighbours": EmbeddingNeighbours,
     "clipped_kl": ClippedKL,
     "logit_binary_kl": LogitBinaryKL,
     "logit_mse": LogitMSE,
@@ -49,6 +52,7 @@ LOSSES: dict[str, type[TokenLoss]] = {
     "span_correlation": SpanCorrelation,
     "uld": ULD,
     "span_likelihood": SpanLikelihood,
+    "swing": Swing,
 }
 
 STATE_LOSSES: dict[str, type[StateLoss]] = {
@@ -70,6 +74,7 @@ __all__ = [
     "ClippedKL",
     "CrossEntropy",
     "Divergence",
+    "EmbeddingNeighbours",
     "ForwardKL",
     "HiddenCosine",
     "HiddenMSE",
@@ -92,6 +97,7 @@ __all__ = [
     "StandardizedKL",
     "StateLoss",
     "StateRows",
+    "Swing",
     "TokenLoss",
     "TotalVariation",
 ]

@@ -93,6 +93,14 @@ class TokenLoss(nn.Module, ABC):
         """
         return None
 
+    def read_head(self, weight: Tensor) -> None:
+        """See the student's output head before the first step; comes after `prepare`.
+
+        Args:
+            weight: [V, H], the student's own; one that learns requires a gradient.
+        """
+        return None
+
     def set_step(self, step: int, total: int | None = None) -> None:
         """Hear how many optimizer steps were made, and how many the run has; for what changes on the way."""
         return None

@@ -13,11 +13,12 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from hfkd.recipe.adapters import expand, expansion_faults
 from hfkd.recipe.checks import find_faults
 from hfkd.recipe.schema import Recipe
 from hfkd.recipe.source import RecipeError, apply_overrides, explain, read_yaml, resolve_paths
 
-__all__ = ["Recipe", "RecipeError", "load_recipe"]
+__all__ = ["Recipe", "RecipeError", "expand", "load_recipe"]
 
 
 def load_recipe(
@@ -50,7 +51,7 @@ def load_recipe(
     recipe.training.setdefault("output_dir", f"outputs/{path.stem}")
     if announce is not None:
         announce(recipe)
-    faults = find_faults(recipe)
+    faults = expansion_faults(recipe) if recipe.adapters else find_faults(recipe)
     if faults:
         raise RecipeError(path, faults)
     return recipe

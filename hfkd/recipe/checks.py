@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from hfkd.recipe.reward_faults import reward_faults
 from hfkd.recipe.schema import Recipe
 from hfkd.recipe.source import near, shown
 from hfkd.recipe.teachers import OWN_CLASS, answer_faults, second_view_faults, teacher_faults
@@ -42,7 +43,7 @@ def find_faults(recipe: Recipe) -> list[str]:
     """Every impossible combination, one line each; also converts numbers that YAML reads as texts in `training`."""
     checks = (
         *(_loading, teacher_faults, second_view_faults, _loss, answer_faults),
-        *(_columns, _parts, _shots, _evaluation, _names, _training, _hub),
+        *(_columns, _parts, _shots, _evaluation, _names, _training, _hub, reward_faults),
     )
     return [fault for check in checks for fault in check(recipe)]
 
@@ -124,7 +125,9 @@ def _objective(recipe: Recipe) -> Iterator[str]:
 
 
 def term_specs(recipe: Recipe) -> list[dict[str, Any]]:
-    """The terms in the form that `build_objective` takes."""
+    """The terms in the form that `build_objective` takes; beside a reward the reverse KL where none is given."""
+    if recipe.reinforcement is not None and "loss" not in recipe.model_fields_set:
+        return [{"kind": "reverse_kl"}]
     return [{**term.model_dump(exclude_none=True)} for term in recipe.loss.terms]
 
 
@@ -135,7 +138,7 @@ def objective_options(recipe: Recipe) -> dict[str, Any]:
 
 def needs_faults(recipe: Recipe, needs: Collection[str]) -> Iterator[str]:
     """What an objective asks of a teacher and this recipe doesn't give; called again when own losses are built."""
-    if not needs:
+    if not needs or (recipe.reinforcement is not None and recipe.teacher.kind == "none"):
         return
     kinds = ", ".join(term.kind for term in recipe.loss.terms)
     if recipe.teacher.kind == "none":

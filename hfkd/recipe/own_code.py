@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from hfkd.recipe.schema import Recipe
+from hfkd.recipe.teachers import OWN_CLASS
 
 
 def own_code(recipe: Recipe) -> dict[str, str]:
@@ -61,7 +62,20 @@ def _places(recipe: Recipe) -> Iterator[tuple[str, Any]]:
     yield "data.prompt.builder", data.prompt.builder
     yield "data.train.format", data.train.format
     yield "data.demonstrations.format", data.demonstrations.format
+    if recipe.reinforcement is not None:
+        yield "reinforcement.verifier", recipe.reinforcement.verifier
     if recipe.evaluation is not None:
         yield "evaluation.format", recipe.evaluation.format
         for number, other in enumerate(recipe.evaluation.forgetting):
             yield f"evaluation.forgetting.{number}.format", other.format
+    for name, section in recipe.adapters.items():
+        yield from _texts(section.model_dump(), f"adapters.{name}")
+
+
+def _texts(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+    """Every text below, by its dotted key, that has the form of a name that is imported."""
+    if isinstance(value, dict | list):
+        for name, part in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _texts(part, f"{key}.{name}")
+    elif isinstance(value, str) and OWN_CLASS.match(value):
+        yield key, value

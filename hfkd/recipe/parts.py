@@ -108,7 +108,7 @@ def _argument_faults(key: str, cls: type, given: dict[str, Any]) -> Iterator[str
 
 
 def _beside(recipe: Recipe, key: str, cls: type[Part]) -> Iterator[str]:
-    if getattr(cls, "needs_teacher", True) and recipe.teacher.kind == "none":
+    if cls.needs_teacher and recipe.teacher.kind == "none":
         yield f"{key}: asks the teacher, and teacher.kind is none; name a teacher, or leave this part out"
 
 

@@ -9,84 +9,22 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, model_validator
 
-from hfkd.recipe.source import near
-
-
-def _no_bool(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("expected a number, not true or false")
-    return value
-
-
-def _expand_shots(value: Any) -> Any:
-    """`{min: 1, max: 3}` means 1, 2 or 3; one number means always that many."""
-    if isinstance(value, dict):
-        if set(value) != {"min", "max"} or not all(type(part) is int for part in value.values()):
-            raise ValueError("expected a list of numbers of demonstrations, or {min: 1, max: 3}")
-        if value["min"] > value["max"]:
-            raise ValueError(f"expected min <= max, and min is {value['min']} while max is {value['max']}")
-        return list(range(value["min"], value["max"] + 1))
-    return [value] if isinstance(value, int) else value
-
-
-def _weight(value: Any) -> Any:
-    """A number, or a schedule, whose keys the objective checks."""
-    if isinstance(value, dict):
-        return value
-    try:
-        number = float(_no_bool(value))
-    except (TypeError, ValueError):
-        raise ValueError("expected a number, or a schedule such as {schedule: linear, start: 1.0, end: 0.1}") from None
-    if not 0 <= number < float("inf"):
-        raise ValueError("expected greater than or equal to 0, and finite")
-    return number
-
-
-def _names_or_one(value: Any) -> Any:
-    if isinstance(value, str) or (isinstance(value, list) and value and all(isinstance(part, str) for part in value)):
-        return value
-    raise ValueError("expected a name, such as all-linear, or a list of names")
-
-
-def _blocks(value: Any) -> Any:
-    if value is None or type(value) is int and value >= 1:
-        return value
-    numbers = isinstance(value, list) and value and all(type(part) is int and part >= 0 for part in value)
-    if numbers and all(before < after for before, after in zip(value, value[1:], strict=False)):
-        return value
-    raise ValueError(
-        "expected how many blocks to keep, or their numbers from 0, each larger than the one before, such as [0, 3, 6]"
-    )
-
-
-def _answer(value: Any) -> Any:
-    """Who writes the answers: a name, or shares of several; what the names mean is said elsewhere."""
-    if isinstance(value, str) and value in _WRITERS:
-        return value
-    if isinstance(value, dict) and value and set(value) <= set(_WRITERS):
-        numbers = [number for number in value.values() if type(number) in (int, float) and 0 <= number < float("inf")]
-        if len(numbers) == len(value) and sum(numbers) > 0:
-            return value
-    hint = near(value, _WRITERS) if isinstance(value, str) else ""
-    raise ValueError(f"expected {', '.join(_WRITERS)}, or shares of them such as {{student: 0.5, dataset: 0.5}}{hint}")
-
-
-def _moment(value: Any) -> Any:
-    if value == "epoch" or (type(value) is int and value >= 1):
-        return value
-    raise ValueError("expected epoch, or a number of optimizer steps, at least 1")
-
-
-_WRITERS = ("dataset", "teacher", "student")
-
-Count = Annotated[int, Field(strict=True, ge=0)]
-Positive = Annotated[int, Field(strict=True, ge=1)]
-Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
-Text = Annotated[str, Field(min_length=1)]
-ShotsOrNone = Annotated[list[Count], BeforeValidator(_expand_shots)]
-Shots = Annotated[ShotsOrNone, Field(min_length=1)]
-Dtype = Literal["float32", "bfloat16", "float16", "auto"]
-Options = dict[str, Any]
+from hfkd.recipe.fields import (
+    Count,
+    Dtype,
+    Number,
+    Options,
+    Positive,
+    Shots,
+    ShotsOrNone,
+    Text,
+    block_numbers,
+    epoch_or_steps,
+    names_or_one,
+    weight_or_schedule,
+    writer_or_shares,
+)
+from hfkd.recipe.reinforcement import ReinforcementSection
 
 
 class Section(BaseModel):
@@ -101,7 +39,7 @@ class LoraSection(Section):
     r: Positive = 16
     alpha: Annotated[Number, Field(gt=0)] = 32.0
     dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.0
-    target_modules: Annotated[Any, BeforeValidator(_names_or_one)] = "all-linear"
+    target_modules: Annotated[Any, BeforeValidator(names_or_one)] = "all-linear"
     modules_to_save: list[Text] | None = None
 
 
@@ -111,7 +49,7 @@ class InitSection(Section):
     """
 
     source: Text = Field(alias="from")
-    keep_layers: Annotated[int | list[int] | None, BeforeValidator(_blocks)] = None
+    keep_layers: Annotated[int | list[int] | None, BeforeValidator(block_numbers)] = None
     heads: Positive | None = None
     intermediate: Positive | None = None
 
@@ -179,7 +117,11 @@ class TeacherSection(Section):
     offload: StrictBool = False
     decay: Annotated[Number, Field(ge=0, lt=1)] = 0.999
     interval: Positive = 1
-    every: Annotated[Any, BeforeValidator(_moment)] = "epoch"
+    every: Annotated[Any, BeforeValidator(epoch_or_steps)] = "epoch"
+    layer: Positive | None = None
+    norm: Literal["final", "trained"] = "final"
+    fit_steps: Positive = 50
+    only_where_layers_disagree: StrictBool = False
     cache: Text | None = None
     column: Text | None = None
     members: dict[Text, MemberSection] = {}
@@ -276,7 +218,7 @@ class DataSection(Section):
     demonstrations: DemonstrationsSection = Field(default_factory=DemonstrationsSection)
     student_shots: Shots = [0]
     prompt: PromptSection = Field(default_factory=PromptSection)
-    answer: Annotated[Any, BeforeValidator(_answer)] = "dataset"
+    answer: Annotated[Any, BeforeValidator(writer_or_shares)] = "dataset"
     generation: GenerationSection = Field(default_factory=GenerationSection)
     max_length: Positive = 2048
     teacher_max_length: Positive | None = None
@@ -302,7 +244,7 @@ class TermSection(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     kind: Text
-    weight: Annotated[Any, BeforeValidator(_weight)] = 1.0
+    weight: Annotated[Any, BeforeValidator(weight_or_schedule)] = 1.0
     name: Text | None = None
 
 
@@ -354,6 +296,16 @@ class EvaluationSection(Section):
     forgetting: list[ForgettingSection] = []
 
 
+class AdapterSection(Section):
+    """What one of several adapters has of its own; what it doesn't give is the recipe's (`hfkd.recipe.adapters`)."""
+
+    data: Options = {}
+    teacher: Options = {}
+    loss: Options = {}
+    evaluation: Options | None = {}
+    training: Options = {}
+
+
 class HubSection(Section):
     """Whether the result is sent to the hub, and where to; `base` is the hub's id of the model under an adapter, where
     the student is read from a folder, and `merged` sends both as one model.
@@ -370,15 +322,20 @@ TeacherSection.model_rebuild()
 
 
 class Recipe(Section):
-    """A whole run in one file. `training` takes the fields of `DistillationConfig`, that is of `TrainingArguments`."""
+    """A whole run in one file. `training` takes the fields of `DistillationConfig`, that is of `TrainingArguments`.
+
+    With `adapters` it is a run for each of them, with what it says of its own in place of the recipe's.
+    """
 
     student: StudentSection
     teacher: TeacherSection
     data: DataSection
     loss: LossSection = Field(default_factory=LossSection)
+    reinforcement: ReinforcementSection | None = None
     evaluation: EvaluationSection | None = None
     training: Options = {}
     hub: HubSection = Field(default_factory=HubSection)
+    adapters: dict[Text, AdapterSection] = {}
 
     def resolved(self) -> dict[str, Any]:
         """Every key with its value, defaults included, as plain data that can be written as JSON or YAML."""

@@ -168,7 +168,11 @@ def _sources(tree: dict[str, Any]) -> Iterator[dict[str, Any]]:
     if isinstance(evaluation, dict):
         others = evaluation.get("forgetting")
         sections += [evaluation, *(others if isinstance(others, list) else [])]
-    return (section for section in sections if isinstance(section, dict))
+    yield from (section for section in sections if isinstance(section, dict))
+    adapters = tree.get("adapters")
+    for own in adapters.values() if isinstance(adapters, dict) else ():
+        if isinstance(own, dict):
+            yield from _sources(own)
 
 
 def explain(error: ValidationError, root: type[BaseModel]) -> list[str]:

@@ -20,6 +20,7 @@ _KEYS: dict[str, tuple[str, ...]] = {
     "none": (),
     "ema": ("decay", "interval"),
     "snapshot": ("every",),
+    "early_exit": ("weights", "layer", "norm", "fit_steps", "only_where_layers_disagree"),
     "mixture": ("members",),
     "routed": ("members", "column"),
     "cross_tokenizer": _MODEL,
@@ -46,14 +47,26 @@ def answer_faults(recipe: Recipe) -> Iterator[str]:
     writers = {data.answer} if isinstance(data.answer, str) else set(data.shares)
     if kind == "none" and "teacher" in writers:
         yield "data.answer: teacher lets the teacher write the answers, and teacher.kind is none; use answer: dataset"
-    if kind == "none" and "student" in writers:
+    if kind == "none" and "student" in writers and recipe.reinforcement is None:  # there a verifier judges
         yield "data.answer: the student writes, and teacher.kind is none: nobody judges it; name a teacher"
-    if "teacher" in writers and kind in (*_SEVERAL, "cross_tokenizer"):
+    if "teacher" in writers and kind in (*_SEVERAL, "cross_tokenizer", "early_exit"):
         yield f"data.answer: teacher lets the teacher write, and a teacher of kind {kind} can't; use answer: dataset"
     if "student" in writers and kind == "cross_tokenizer":
         yield "data.answer: the student's text can't be given to a teacher with another tokenizer; use answer: dataset"
+    if teaches_unwritten(recipe):
+        yield (
+            "teacher.norm: trained is fitted to the training texts before the first step, and data.answer has them "
+            "written later; use norm: final, or answer: dataset"
+        )
     yield from _writing_faults(data)
     yield from _buffer(recipe)
+
+
+def teaches_unwritten(recipe: Recipe) -> bool:
+    """Whether a teacher is to be fitted to texts that aren't there yet."""
+    several = [recipe.teacher, *recipe.teacher.members.values()]
+    fitted = any(one.kind == "early_exit" and one.norm == "trained" for one in several)
+    return fitted and "dataset" not in recipe.data.shares
 
 
 def _buffer(recipe: Recipe) -> Iterator[str]:
@@ -116,7 +129,7 @@ def wants_second_view(recipe: Recipe) -> bool:
     with them and no term moves the student away.
     """
     if may_do_without(recipe.teacher):
-        return not _may_learn_text(recipe)
+        return recipe.reinforcement is None and not _may_learn_text(recipe)  # a reward moves the student, too
     return recipe.teacher.kind == "self"
 
 
@@ -168,7 +181,8 @@ def _remedy(field: str) -> str:
 
 
 def _adapter(recipe: Recipe, teacher: TeacherSection, key: str) -> Iterator[str]:
-    if teacher.kind == "self" and teacher.weights == "adapter_off" and recipe.student.lora is None:
+    own = teacher.kind in ("self", "early_exit")
+    if own and teacher.weights == "adapter_off" and recipe.student.lora is None:
         yield (
             f"{key}.weights: adapter_off needs an adapter that can be switched off, and student.lora is not given; "
             "add student.lora, or use weights: frozen_copy or live"

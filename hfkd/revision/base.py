@@ -19,7 +19,10 @@ class Reviser(ABC):
     Attributes:
         trainer: The `DistillationTrainer`, once attached; `hfkd.reading.read_batch(self.trainer, inputs)` says what
             student and teacher think of a batch.
+        needs_teacher: Whether a recipe without a teacher is refused.
     """
+
+    needs_teacher: bool = False
 
     trainer: Any = None
 

@@ -18,6 +18,7 @@ from hfkd.data.prompts import PromptBuilder, PromptStyle
 from hfkd.data.route import route_of
 from hfkd.named import import_function
 from hfkd.objective import Objective, build_objective
+from hfkd.recipe.adapters import refuse_adapters
 from hfkd.recipe.checks import is_own_class, needs_faults, objective_options, term_specs
 from hfkd.recipe.schema import Recipe
 from hfkd.recipe.source import RecipeError
@@ -142,7 +143,8 @@ def make_parts(run: Run) -> None:
     recipe = run.recipe
     run.teacher = make_teacher(recipe)
     _check_routes(recipe, run)
-    check_parts(run.objective, run.teacher, Mixture.of(recipe.data.shares), recipe.student.lora is not None)
+    if recipe.reinforcement is None or run.teacher is not None:
+        check_parts(run.objective, run.teacher, Mixture.of(recipe.data.shares), recipe.student.lora is not None)
 
 
 def _launch(recipe: Recipe, run: Run) -> Launch:
@@ -197,6 +199,7 @@ def _check_routes(recipe: Recipe, run: Run) -> None:
 
 def settings_of(recipe: Recipe, dry: bool = False) -> Run:
     """What a recipe says without any file of rows or weights."""
+    refuse_adapters(recipe)
     return Run(
         recipe=recipe,
         fingerprint=recipe_fingerprint(recipe.resolved()),

@@ -41,16 +41,16 @@ from hfkd.record import (
     checkpoints,
     clear_output_folder,
     read_record,
-    rows_fingerprint,
 )
 from hfkd.rollout.on_policy import Mixture
 from hfkd.run.build import ASIDE, Run, build, make_config
 from hfkd.run.deciding import transformed
 from hfkd.run.evaluation import ask, movable, plain_results
-from hfkd.run.expected import expected_contract, name_of
-from hfkd.run.models import describe_student, load_student, save_base
-from hfkd.run.outcome import describe_objective, describe_origins, push_run, write_outcome
+from hfkd.run.expected import expected_contract
+from hfkd.run.models import load_student, save_base
+from hfkd.run.outcome import describe_origins, describe_run, push_run, write_outcome
 from hfkd.run.progress import training_bar
+from hfkd.run.reinforce import make_reinforced_trainer
 from hfkd.run.reporting import Measured
 from hfkd.run.rows import Task
 from hfkd.run.texts import (
@@ -178,8 +178,12 @@ class _Conductor:
             self.record.data["transforms"] = told
         if "dataset" not in self.recipe.data.shares:
             rows = unanswered(run, rows)
-        trainer = make_trainer(run, rows, run.model, run.teacher, run.objective, run.config)
-        self._count_late(trainer.train_dataset)
+        rewarded = self.recipe.reinforcement is not None
+        if rewarded:
+            trainer = make_reinforced_trainer(run, rows)
+        else:
+            trainer = make_trainer(run, rows, run.model, run.teacher, run.objective, run.config)
+        self._count_late(trainer.views if rewarded else trainer.train_dataset)
         texts = self._fidelity_texts()
         self._hold_against_teacher("before", trainer, texts)
         before = read_record(run.output_dir).get("metrics", {})
@@ -212,6 +216,10 @@ class _Conductor:
 
     def _fidelity_texts(self) -> DistillationDataset | None:
         """The held-out texts for both models; rows that lack what a teacher needs are a reason, not an end."""
+        evaluation = self.recipe.evaluation
+        if self.recipe.reinforcement is not None:
+            asked = evaluation is not None and evaluation.fidelity and self.run.teacher is not None
+            return self._no_fidelity("a rewarded run leaves it to `hfkd evaluate --fidelity`") if asked else None
         try:
             texts = fidelity_texts(self.run)
         except ValueError as error:
@@ -250,23 +258,7 @@ class _Conductor:
 
     def _describe(self) -> None:
         run = self.run
-        parts = {"train": run.train, "demonstrations": run.demonstrations}
-        if run.evaluation is not None:
-            parts["evaluation"] = run.evaluation.items
-        self.record.data = {name: rows_fingerprint(rows) for name, rows in parts.items()}
-        told = sum(bool(row.get("privileged_context")) for row in run.train)
-        self.record.data["privileged_context"] = {"rows": told}
-        self.record.student = describe_student(self.recipe, run.model)
-        student = self.recipe.student
-        if self.record.student["source"] == "folder":
-            self.record.student["weights"] = name_of(student.origin, student.load_kwargs.get("subfolder"))
-        self.record.origins = describe_origins(run)
-        self.record.parameters = {
-            "total": sum(parameter.numel() for parameter in run.model.parameters()),
-            "trained": sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad),
-        }
-        self.record.objective = describe_objective(run.objective)
-        self.record.teacher = run.teacher.describe() if run.teacher is not None else {"kind": "none"}
+        describe_run(run, self.record)
         if self.recipe.training.get("run_policy") == "resume":
             check_same_data(run.output_dir, self.record.data)
             check_same_cache(run.output_dir, self.record.teacher)
@@ -296,7 +288,8 @@ class _Conductor:
         rows, dataset = fitting(self.run)
         self._count(dataset)
         mixture = Mixture.of(self.recipe.data.shares)
-        check_second_view(self.run.objective, self.run.teacher, dataset, mixture)
+        if self.recipe.reinforcement is None:
+            check_second_view(self.run.objective, self.run.teacher, dataset, mixture)
         if isinstance(self.run.teacher, CachedTeacher):
             self.run.teacher.expected = expected_contract(self.run, dataset)
             self.run.teacher.prepare(PartialState(), self.run.model)  # another cache is refused before time is spent

@@ -204,7 +204,14 @@ def make_teacher(recipe: Recipe) -> Teacher | None:
 
 
 def _one_teacher(section: TeacherSection) -> Teacher:
-    from hfkd.teachers import CrossTokenizerTeacher, EmaTeacher, LocalTeacher, SelfTeacher, SnapshotTeacher
+    from hfkd.teachers import (
+        CrossTokenizerTeacher,
+        EarlyExitTeacher,
+        EmaTeacher,
+        LocalTeacher,
+        SelfTeacher,
+        SnapshotTeacher,
+    )
 
     prefix = {"reuse_prefix": section.reuse_prefix}
     if section.kind == "self":
@@ -213,6 +220,9 @@ def _one_teacher(section: TeacherSection) -> Teacher:
         return EmaTeacher(decay=section.decay, interval=section.interval, **prefix)
     if section.kind == "snapshot":
         return SnapshotTeacher(every=section.every, **prefix)
+    if section.kind == "early_exit":
+        names = ("layer", "norm", "fit_steps", "only_where_layers_disagree", "weights")
+        return EarlyExitTeacher(**{name: getattr(section, name) for name in names}, **prefix)
     if section.kind not in ("local", "cross_tokenizer"):
         return own_teacher(section.kind)(**section.options)
     names = ("revision", "dtype", "trust_remote_code", "load_kwargs", "offload")

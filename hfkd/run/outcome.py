@@ -21,9 +21,12 @@ from hfkd.losses.base import docstring_section
 from hfkd.objective import Objective
 from hfkd.origins import origin_of_model, origin_of_rows
 from hfkd.recipe.schema import Recipe
+from hfkd.record import RunRecord, rows_fingerprint
 from hfkd.report.page import build_page
 from hfkd.report.plots import draw_plots
 from hfkd.report.written import write_report
+from hfkd.run.expected import name_of
+from hfkd.run.models import describe_student
 
 if TYPE_CHECKING:
     from hfkd.run.build import Run
@@ -51,6 +54,32 @@ def write_outcome(
     write_whole(folder / "README.md", card)
     page = build_page(record, report, {path.name: path.read_bytes() for path in pictures}, card)
     write_whole(folder / "report.html", page)
+
+
+def describe_run(run: Run, record: RunRecord) -> None:
+    """Put down what a run is made of: rows, models, terms, teacher.
+
+    Args:
+        run: Built.
+        record: That is written.
+    """
+    parts = {"train": run.train, "demonstrations": run.demonstrations}
+    if run.evaluation is not None:
+        parts["evaluation"] = run.evaluation.items
+    record.data = {name: rows_fingerprint(rows) for name, rows in parts.items()}
+    told = sum(bool(row.get("privileged_context")) for row in run.train)
+    record.data["privileged_context"] = {"rows": told}
+    record.student = describe_student(run.recipe, run.model)
+    student = run.recipe.student
+    if record.student["source"] == "folder":
+        record.student["weights"] = name_of(student.origin, student.load_kwargs.get("subfolder"))
+    record.origins = describe_origins(run)
+    record.parameters = {
+        "total": sum(parameter.numel() for parameter in run.model.parameters()),
+        "trained": sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad),
+    }
+    record.objective = describe_objective(run.objective)
+    record.teacher = run.teacher.describe() if run.teacher is not None else {"kind": "none"}
 
 
 def describe_objective(objective: Objective) -> list[dict[str, Any]]:

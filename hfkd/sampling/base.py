@@ -28,7 +28,10 @@ class ExampleSampler(Sampler[int]):
         seed: Of the run, once attached.
         examples_per_step: Those of one optimizer step on all processes, once attached.
         epoch: Of the next iteration.
+        needs_teacher: Whether a recipe without a teacher is refused.
     """
+
+    needs_teacher: bool = False
 
     dataset: DistillationDataset
     seed: int = 0

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from hfkd.teachers.base import Teacher, evaluating
 from hfkd.teachers.cached import CachedTeacher
 from hfkd.teachers.cross_tokenizer import CrossTokenizerTeacher
+from hfkd.teachers.early_exit import EarlyExitTeacher
 from hfkd.teachers.local import LocalTeacher, ModelTeacher
 from hfkd.teachers.moving import EmaTeacher, ShadowTeacher, SnapshotTeacher
 from hfkd.teachers.self_teacher import SelfTeacher
@@ -20,6 +21,7 @@ from hfkd.teachers.vocabulary import check_embeddings, check_same_tokens
 _CLASSES = {
     "ema": "EmaTeacher()",
     "snapshot": "SnapshotTeacher()",
+    "early_exit": "EarlyExitTeacher()",
     "cached": "CachedTeacher(folder)",
     "mixture": "MixtureTeacher({name: teacher, ...})",
     "routed": "RoutedTeacher({name: teacher, ...})",
@@ -51,6 +53,7 @@ def as_teacher(teacher: Teacher | PreTrainedModel | str | None, adapter: bool) -
 __all__ = [
     "CachedTeacher",
     "CrossTokenizerTeacher",
+    "EarlyExitTeacher",
     "EmaTeacher",
     "LocalTeacher",
     "MixtureTeacher",

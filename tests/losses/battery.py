@@ -57,6 +57,7 @@ ARGUMENTS: dict[str, list[dict[str, Any]]] = {
     "span_correlation": [{"spans": GROUP}, {"spans": 3, "scale": 10.0}],
     "uld": [{}, {"top": 4}],
     "span_likelihood": [{}, {"power": 0.5}],
+    "swing": [{}, {"measure": "jensen_shannon", "noise": "uniform"}],
 }
 """Constructor arguments that the battery goes through; defaults alone for a loss that is not here."""
 

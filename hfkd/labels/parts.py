@@ -1,0 +1,61 @@
+"""The template and the filters of a plan, by key or by `package.module:Class`, made with their arguments."""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from hfkd.labels.extraction import ExtractionTemplate
+from hfkd.labels.filters import FILTERS, Filter
+from hfkd.labels.plan import LabelPlan
+from hfkd.labels.templates import LabelTemplate, RationaleTemplate, Template
+from hfkd.named import import_class
+from hfkd.recipe.schema import PartSection
+from hfkd.recipe.source import near, shown
+from hfkd.recipe.values import plain_value
+
+TEMPLATES: dict[str, type[Template]] = {
+    "label": LabelTemplate,
+    "rationale": RationaleTemplate,
+    "extraction": ExtractionTemplate,
+}
+"""The templates by the keys that plans use."""
+
+
+def make_template(plan: LabelPlan) -> Template:
+    """The template of a plan.
+
+    Raises:
+        ValueError: There is no such class, or it refuses its arguments. So does the next one.
+    """
+    return _make("template", plan.template, TEMPLATES, Template)
+
+
+def make_filters(plan: LabelPlan) -> list[tuple[str, Filter]]:
+    """The filters of a plan in their order, each with its key."""
+    return [(one.kind, _make(f"filters.{n}", one, FILTERS, Filter)) for n, one in enumerate(plan.filters)]
+
+
+def _make(key: str, section: PartSection, known: Mapping[str, type], base: type) -> Any:
+    kind, given = section.kind, dict(section.model_extra or {})
+    if kind not in known and ":" not in kind:
+        raise ValueError(
+            f"{key}.kind: got {shown(kind)}; expected {', '.join(known)}, or package.module:Class{near(kind, known)}"
+        )
+    cls = known[kind] if kind in known else import_class(kind, f"{key}.kind", base)
+    parameters = {} if cls.__init__ is object.__init__ else inspect.signature(cls).parameters
+    hints = typing.get_type_hints(cls.__init__)
+    for name, value in given.items():
+        if name not in parameters:
+            names = ["kind", *parameters]
+            raise ValueError(f"{key}.{name}: unknown key{near(name, names)} (known here: {', '.join(names)})")
+        try:
+            given[name] = plain_value(hints.get(name), value)
+        except ValueError as error:
+            raise ValueError(f"{key}.{name}: got {shown(value)}; expected {error}") from None
+    try:
+        return cls(**given)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{key}: {error}") from error

@@ -1,0 +1,255 @@
+"""Templates, filters and scores: how a teacher's text becomes an answer, and which answers stay."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from hfkd.errors import VerifierError
+from hfkd.labels import Answer, FormatError, SpanScores, span_f1, span_scores
+from hfkd.labels.asking import Outcome
+from hfkd.labels.extraction import ExtractionTemplate
+from hfkd.labels.filters import AgreementFilter, FormatFilter, Labelled, SelfEvaluationFilter, VerifierFilter
+from hfkd.labels.spans import read_spans, score_predictions
+from hfkd.labels.templates import LabelTemplate, RationaleTemplate, fill
+
+ROW = {"prompt": "Is 7 prime?", "answer": "yes"}
+PASSAGE = {"prompt": "Ada Lovelace met Babbage in London."}
+
+
+def answer(text: str, completion: str | None = None) -> Answer:
+    return Answer(text, text, completion or text, text.casefold())
+
+
+def nobody(questions):
+    raise AssertionError("this filter asks nobody")
+
+
+def judged(one, answers, asked=None, row=ROW, ask=nobody):
+    return one.judge([Labelled(0, row, asked or len(answers), answers)], ask)[0]
+
+
+def test_braces_of_a_row_stay_as_they_are() -> None:
+    """`str.format` stops at the first row with code in it, or fills what the row's author wrote."""
+    assert fill("{prompt}!", prompt="a {prompt} {x} {0}", other="b") == "a {prompt} {x} {0}!"
+    assert LabelTemplate("Say {prompt}").messages({"prompt": "{answer}"})[0]["content"] == "Say {answer}"
+
+
+def test_what_the_teacher_reads() -> None:
+    """Examples in one message, or behind the question, are examples of something else."""
+    template = LabelTemplate("Q: {prompt}", "Be short.", [{"prompt": "a", "completion": "b"}])
+    roles = [(one["role"], one["content"]) for one in template.messages({"prompt": "c"})]
+    assert roles == [("system", "Be short."), ("user", "Q: a"), ("assistant", "b"), ("user", "Q: c")]
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}, {"role": "user", "content": "z"}]
+    asked = LabelTemplate("Q: {prompt}").messages({"prompt": turns})
+    assert [one["content"] for one in asked] == ["x", "y", "Q: z"]
+
+
+def test_labels_in_one_spelling() -> None:
+    """A student that learns "Positive." and "positive" as two classes learns neither."""
+    template = LabelTemplate(labels=["positive", "negative"])
+    assert template.read(ROW, " Positive.\n").completion == "positive"
+    with pytest.raises(FormatError, match="is none of positive, negative"):
+        template.read(ROW, "It is positive, I think")
+    found = LabelTemplate(labels=["yes", "no"], pattern=r"answer is (\w+)")
+    assert found.read(ROW, "The answer is no... the answer is Yes!").answer == "yes"
+    with pytest.raises(FormatError, match="nothing in it matches"):
+        found.read(ROW, "yes")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("7 has no divisors.", "no line begins with"),
+        ("Answer: yes", "no reasons before"),
+        ("Because.\nAnswer:", "expected one line"),
+        ("Because.\nAnswer: yes\nOr not.", "expected one line"),
+        ("Because the Answer: yes", "no line begins with"),
+    ],
+)
+def test_a_rationale_that_is_none(text: str, reason: str) -> None:
+    """A student of cut reasons learns to stop in the middle."""
+    with pytest.raises(FormatError, match=reason):
+        RationaleTemplate().read(ROW, text)
+
+
+def test_a_rationale_in_two_parts() -> None:
+    """The short answer is what is checked and voted on; the reasons are what is learned."""
+    read = RationaleTemplate(completion="{answer}: {rationale}").read(
+        ROW, "Answer: no?\nIt has {two} divisors.\n**Answer:** Yes"
+    )
+    assert (read.answer, read.completion) == ("Yes", "Yes: Answer: no?\nIt has {two} divisors.")
+    other = RationaleTemplate().read(ROW, "Other reasons.\nanswer: yes.")
+    assert read.value == other.value and other.completion == "Other reasons.\nAnswer: yes."
+
+
+def test_rows_keep_the_form_and_the_gold_answer_of_the_source() -> None:
+    """A gold answer that is overwritten by the teacher's makes the teacher right by definition."""
+    template = LabelTemplate()
+    (row,) = template.rows([(3, {**ROW, "domain": "numbers", "completion": "old"}, answer("no"))])
+    assert row == {
+        **{"prompt": "Is 7 prime?", "completion": "no", "answer": "yes", "domain": "numbers"},
+        **{"teacher_answer": "no", "source_row": 3},
+    }
+    chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "old"}]}
+    (row,) = template.rows([(0, chat, answer("new"))])
+    assert row["prompt"] == [{"role": "user", "content": "a"}]
+    assert row["completion"] == [{"role": "assistant", "content": "new"}] and row["answer"] == "new"
+
+
+def test_extraction_gives_a_question_for_each_type() -> None:
+    """A student that is never asked for what isn't there always finds something."""
+    template = ExtractionTemplate(negatives=2)
+    first = template.read(PASSAGE, 'Here: [["Ada Lovelace", "Person"], ["Babbage", "person "], ["London", "place"]]')
+    second = template.read({"prompt": "It rained on 3 May."}, '[["3 May", "date"], ["3 May", "date"]]')
+    rows = template.rows([(0, PASSAGE, first), (1, {"prompt": "It rained on 3 May."}, second)])
+    got = [(row["source_row"], row["type"], row["completion"]) for row in rows]
+    assert got[:3] == [(0, "person", '["Ada Lovelace", "Babbage"]'), (0, "place", '["London"]'), (0, "date", "[]")]
+    assert got[3] == (1, "date", '["3 May"]') and {kind for _, kind, _ in got[4:]} == {"person", "place"}
+    assert all(row["answer"] == row["completion"] and row["type"] in row["prompt"] for row in rows)
+    assert template.rows([(0, PASSAGE, first), (1, PASSAGE, second)])[:2] == rows[:2], "the draw is seeded"
+
+
+def test_absent_types_are_drawn_by_frequency() -> None:
+    """Types that nobody has are told apart too easily."""
+    common = [
+        (n, {"prompt": f"Ada {n}"}, ExtractionTemplate().read({"prompt": f"Ada {n}"}, '[["Ada", "person"]]'))
+        for n in range(200)
+    ]
+    rare = ExtractionTemplate().read({"prompt": "Oslo"}, '[["Oslo", "place"]]')
+    plain = [
+        (n, {"prompt": "Oslo at 5"}, ExtractionTemplate().read({"prompt": "Oslo at 5"}, '[["5", "hour"]]'))
+        for n in range(200, 300)
+    ]
+    rows = ExtractionTemplate(negatives=1).rows([*common, (300, {"prompt": "Oslo"}, rare), *plain])
+    drawn = [row["type"] for row in rows if row["source_row"] >= 200 and row["completion"] == "[]"]
+    assert drawn.count("person") > 90 and len(drawn) == 101
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("There is nobody.", "no JSON list"),
+        ('[["Ada Lovelace", "person"]', "no valid JSON list"),
+        ('["Ada Lovelace"]', "expected pairs"),
+        ('[["Ada Lovelace", 3]]', "expected pairs"),
+        ('[["Lady Lovelace", "person"]]', "doesn't stand in the passage"),
+        ('[["London", "city"]]', "none of the types"),
+    ],
+)
+def test_an_extraction_that_is_none(text: str, reason: str) -> None:
+    """An entity that isn't in the passage teaches a student to invent."""
+    with pytest.raises(FormatError, match=reason):
+        ExtractionTemplate(types=["Person", "place"]).read(PASSAGE, text)
+
+
+def test_given_types_are_all_asked_about() -> None:
+    """With a list of types the negatives are those that a passage lacks, and the teacher is told the list."""
+    template = ExtractionTemplate(types=["Person", "animal"], conversation=True)
+    assert "person, animal" in template.messages(PASSAGE)[-1]["content"]
+    rows = template.rows([(0, PASSAGE, template.read(PASSAGE, "[]"))])
+    assert [(row["type"], row["answer"]) for row in rows] == [("person", "[]"), ("animal", "[]")]
+    assert [turn["role"] for turn in rows[0]["prompt"]] == ["user", "assistant", "user"]
+    assert rows[0]["prompt"][0]["content"] == PASSAGE["prompt"]
+
+
+def test_strict_f1_by_hand() -> None:
+    """Half a name, another type or another case is not found; the numbers here are counted by hand."""
+    gold = [{("person", "Ada Lovelace"), ("place", "London")}, {("date", "3 May")}, set()]
+    said = [{("person", "Ada"), ("place", "London"), ("person", "London")}, None, set()]
+    scores = span_scores(said, gold)
+    assert scores == SpanScores(correct=1, predicted=3, gold=3, unreadable=1)
+    assert (scores.precision, scores.recall, scores.f1) == pytest.approx((1 / 3, 1 / 3, 1 / 3))
+    assert span_scores([["a", "a", "b"]], [["a"]]) == SpanScores(1, 2, 1), "each span counts once"
+    nothing = span_scores([set()], [set()])
+    assert (nothing.precision, nothing.recall, nothing.f1) == (1.0, 1.0, 1.0)
+    assert span_scores([{"a"}], [set()]).f1 == 0.0 == span_scores([set()], [{"a"}]).precision
+    with pytest.raises(ValueError):
+        span_scores([set()], [])
+
+
+def test_span_f1_as_a_verifier() -> None:
+    """A list that can't be read is not the empty list, which may be right."""
+    row = {"prompt": "p", "answer": '["a", "b"]'}
+    assert span_f1(row, 'So: ["b", "c"]') == pytest.approx(0.5)
+    assert span_f1({"answer": "[]"}, "[]") == 1.0 and span_f1({"answer": "[]"}, "none") == 0.0
+    with pytest.raises(ValueError):
+        span_f1({"prompt": "p"}, "[]")
+    assert read_spans('x [" a ", "b", "a"] [3]') == ["a", "b"]
+    lines = [{"gold": '["a"]', "text": ' ["a"]\n'}, {"gold": '["b"]', "text": "b"}]
+    assert score_predictions(lines) == SpanScores(1, 1, 2, 1)
+
+
+def test_format_filter() -> None:
+    """What is in the right form may still be an apology."""
+    one = FormatFilter(pattern=r"[a-z ]+", forbidden=["As an AI"], min_chars=2, max_chars=20)
+    faults = judged(one, [answer("a"), answer("as an ai i"), answer("B2"), answer("x" * 21), answer("walked")])
+    assert [bool(fault) for fault in faults] == [True, True, True, True, False]
+    assert "'as an ai'" in faults[1]
+
+
+def test_verifier_filter() -> None:
+    """The checker reads the short answer; with reasons in front of it nothing is ever exact."""
+    faults = judged(VerifierFilter("exact"), [answer("Yes", "Because.\nAnswer: Yes"), answer("no")])
+    assert faults[0] == "" and "exact gives 'no' the mark 0" in faults[1]
+    half = VerifierFilter("exact", least=0.5)
+    half._verifier = lambda row, text: 0.5
+    assert judged(half, [answer("yes")]) == [""]
+
+
+@pytest.mark.parametrize("broken", ["nan", "raises"])
+def test_a_broken_verifier_stops_and_names_the_row(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Taken as 0, a checker that fails throws away all that was paid for."""
+    import hfkd.data.verify as verify
+
+    def check(row, text):
+        if broken == "raises":
+            raise KeyError("golden")
+        return float("nan")
+
+    monkeypatch.setitem(verify.VERIFIERS, "broken", check)
+    with pytest.raises(VerifierError, match="is 7 prime|gave nan"):
+        judged(VerifierFilter("broken"), [answer("yes")])
+
+
+def test_agreement() -> None:
+    """Samples that failed agree with nobody: two of two answers are no majority of five samples."""
+    votes = [answer("a", "one"), answer("A", "two"), answer("b")]
+    assert judged(AgreementFilter(0.5), votes) == ["", "", "outvoted, 2 of 3"]
+    assert judged(AgreementFilter(0.5), votes[:2], asked=5) == ["the most frequent answer has 2 of 5 votes"] * 2
+    assert judged(AgreementFilter(0.25), [answer("a"), answer("b")], asked=4)[0].startswith("two answers have 1 of 4")
+
+
+def test_self_evaluation() -> None:
+    """The teacher must read the whole answer, and a verdict that can't be had is no yes."""
+    asked = []
+
+    def ask(questions):
+        asked.extend(questions)
+        texts = ["Yes.", "No, it isn't.", "Hm."]
+        outcomes = []
+        for question, text in zip(questions, texts, strict=True):
+            try:
+                outcomes.append(Outcome(question.read(text)))
+            except FormatError as error:
+                outcomes.append(Outcome(None, "format", str(error)))
+        return outcomes
+
+    faults = judged(SelfEvaluationFilter(), [answer("yes", "B.\nAnswer: yes"), answer("no"), answer("?")], ask=ask)
+    assert faults[0] == "" and faults[1] == "the teacher calls it wrong" and faults[2].startswith("no verdict")
+    assert "B.\nAnswer: yes" in asked[0].messages[0]["content"] and "Is 7 prime?" in asked[0].messages[0]["content"]
+    graded = SelfEvaluationFilter(grades=5, least=4)
+    assert [graded._verdict(text) for text in ("4", "I give it 5/5.", "Grade: 1")] == [4, 5, 1]
+    for text in ("9", "good", "2.5"):
+        with pytest.raises(FormatError):
+            graded._verdict(text)
+    assert judged(graded, [answer("a")], ask=lambda questions: [Outcome(3)]) == ["the teacher's grade is 3"]
+
+
+def test_pairs_survive_any_text() -> None:
+    """Quotes and letters of other scripts must come back from JSON as they went in."""
+    row = {"prompt": 'Zoë said "hi" to 東京.'}
+    read = ExtractionTemplate().read(row, json.dumps([['"hi"', "word"], ["東京", "place"]]))
+    rows = ExtractionTemplate(negatives=0).rows([(0, row, read)])
+    assert [json.loads(one["completion"]) for one in rows] == [['"hi"'], ["東京"]]
