@@ -77,6 +77,9 @@ class Steps(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Let the student's demonstrations be drawn anew."""
+        if self.trainer.sampler is not None:
+            # Trainer tells it too, but not through the two wrappers that several processes and a resume put around it.
+            self.trainer.sampler.set_epoch(int(state.epoch or 0))
         dataset = self.trainer.train_dataset
         if isinstance(dataset, DistillationDataset):
             dataset.set_epoch(int(state.epoch or 0))

@@ -103,7 +103,8 @@ def attach_deciders(trainer: Trainer, sampler: ExampleSampler | None, revisers: 
                 f"{'missing' if dataset is None else type(dataset).__name__}. Pass rows, or leave `sampler` out."
             )
         size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        trainer.sampler.attach(dataset, seed=args.data_seed or args.seed, examples_per_step=size)
+        seed = args.seed if args.data_seed is None else args.data_seed
+        trainer.sampler.attach(dataset, seed=seed, examples_per_step=size)
     for reviser in trainer.revisers:
         reviser.attach(trainer)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -21,8 +23,7 @@ from hfkd.data.prompts import PromptStyle
 from hfkd.recipe import load_recipe
 from hfkd.record import OutputFolderError
 from hfkd.rollout.base import GenerationSettings
-from hfkd.run.adapters import run_adapters
-from hfkd.run.conduct import run_recipe
+from hfkd.run import run_recipe
 from hfkd.run.reasoning import Asking, find_adapters, reason
 
 NAMES = ("intuitive", "knowledge", "deep")
@@ -56,6 +57,28 @@ def three(tmp_path: Path) -> dict[str, Path]:
 def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with a model, rows and a recipe of three adapters of a second's length."""
     monkeypatch.chdir(tmp_path)
+    lay_out()
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Such a folder in which the recipe was run, and what it printed; only to be copied."""
+    folder = tmp_path_factory.mktemp("finished")
+    with contextlib.chdir(folder):
+        lay_out()
+        return folder, train()[1]
+
+
+@pytest.fixture
+def trained(finished: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A copy of it to work in; gives what was printed."""
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return finished[1]
+
+
+def lay_out() -> None:
     make_model().save_pretrained("model")
     make_tokenizer().save_pretrained("model")
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
@@ -79,12 +102,11 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "adapters": own,
     }
     Path("recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
-    return tmp_path
 
 
 def train(*overrides: str) -> tuple[dict, str]:
     screen = io.StringIO()
-    done = run_adapters(load_recipe("recipe.yaml", overrides), run_recipe, console=Console(file=screen, width=200))
+    done = run_recipe(load_recipe("recipe.yaml", overrides), console=Console(file=screen, width=200))
     return done.runs, screen.getvalue()
 
 
@@ -156,11 +178,9 @@ def test_a_question_has_its_own_draws(three):
         Reasoners(reasoners.model, make_tokenizer(), {}, GenerationSettings()).agree(["q"], max_rounds=3)
 
 
-def test_one_recipe_trains_what_three_would(desk):
+def test_one_recipe_trains_what_three_would(trained):
     """Runs in one process must not touch each other: each adapter equals, bit for bit, that of a run by itself."""
-    runs, screen = train()
-    assert list(runs) == list(NAMES)
-    assert "Adapter knowledge (2 of 3)" in screen and 'hfkd reason out "your question"' in screen
+    assert "Adapter knowledge (2 of 3)" in trained and 'hfkd reason out "your question"' in trained
     for name in NAMES:
         tree = yaml.safe_load(Path("recipe.yaml").read_text())
         own = tree.pop("adapters")[name]
@@ -177,9 +197,8 @@ def test_one_recipe_trains_what_three_would(desk):
     assert list(find_adapters("out")) == sorted(NAMES)
 
 
-def test_what_is_finished_is_not_trained_again(desk):
+def test_what_is_finished_is_not_trained_again(trained):
     """A resumed recipe must go on at the adapter that it was stopped at, and leave the others as they are."""
-    train()
     weights = Path("out/intuitive/adapter_model.safetensors")
     before = weights.stat().st_mtime_ns
     with pytest.raises(ValueError, match=r"adapters.intuitive: the output folder .* holds another run"):
@@ -191,6 +210,7 @@ def test_what_is_finished_is_not_trained_again(desk):
     assert "Adapter intuitive (1 of 3), finished before" in screen and "Adapter deep (3 of 3)\n" in screen
     assert weights.stat().st_mtime_ns == before
     assert Path("out/deep/adapter_model.safetensors").is_file()
+    assert list(runs) == list(NAMES)
     assert runs["intuitive"].record.status == "finished" and runs["intuitive"].report
     with pytest.raises(ValueError, match="adapters.deep: the run in .* was made by another recipe"):
         train("training.run_policy=resume", "adapters.deep.training.learning_rate=0.5")
@@ -207,9 +227,8 @@ def test_all_adapters_are_looked_at_before_the_first_is_trained(desk):
     assert issubclass(OutputFolderError, ValueError), "a folder's fault is one of the user's"
 
 
-def test_reason_asks_a_run_and_keeps_what_was_said(desk):
+def test_reason_asks_a_run_and_keeps_what_was_said(trained):
     """From the recipe to the answer: each adapter must be asked in the form that it was trained with."""
-    train()
     Path("asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:3]))
     settings = GenerationSettings(max_new_tokens=6, temperature=1.0)
     told = reason("out", [{"prompt": "1 and 1?", "answer": "2"}], Asking(rounds=2, settings=settings))
@@ -259,9 +278,8 @@ def test_reason_refuses(desk, arguments, words):
     assert words in done.output
 
 
-def test_adapters_of_two_bases_are_not_mixed(desk):
+def test_adapters_of_two_bases_are_not_mixed(trained):
     """An adapter on a base that it wasn't trained on writes nonsense and no error."""
-    train()
     make_model(seed=5).save_pretrained("other")
     make_tokenizer().save_pretrained("other")
     path = Path("out/deep/recipe.yaml")

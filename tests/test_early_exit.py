@@ -194,7 +194,7 @@ def test_live_and_frozen_part_as_the_student_moves(tmp_path):
 
 
 def test_a_teacher_that_agrees_everywhere_moves_nothing(tmp_path, monkeypatch):
-    """Prevents a pull of the last layer on itself: where both layers agree the divergence is 0, and so is its slope."""
+    """Prevents a pull of the last layer on itself: where both layers agree the divergence is 0, like its slope."""
     monkeypatch.setattr(EarlyExitTeacher, "_or_last", lambda self, head, left, hidden, labels: hidden)
     teacher = EarlyExitTeacher(1, weights="live", only_where_layers_disagree=True, reuse_prefix=False)
     trainer = make_trainer(tmp_path, teacher=teacher, peft_config=lora(), demonstrations=[])

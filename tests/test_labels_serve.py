@@ -99,7 +99,7 @@ def test_a_real_server_labels_rows_that_a_recipe_reads(served: tuple[str, str], 
 
     recipe = tmp_path / "student.yaml"
     recipe.write_text(
-        "student: {model: org/small}\nteacher: {kind: self}\ndata: {train: {path: out/rows.jsonl}, prompt: {style: "
+        "student: {model: org/small}\nteacher: {kind: none}\ndata: {train: {path: out/rows.jsonl}, prompt: {style: "
         "chat}}\nloss: {terms: [{kind: cross_entropy}]}\ntraining: {max_steps: 1}\n"
     )
     assert Path(load_recipe(recipe).data.train.path).name == "rows.jsonl"

@@ -22,17 +22,22 @@ from typer.main import get_command
 from hfkd import DistillationTrainer, Divergence, Source, StateLoss, Teacher, TokenLoss, load_rows
 from hfkd.cli.main import app
 from hfkd.config import DistillationConfig
+from hfkd.data.verify import as_verifier
 from hfkd.losses import LOSSES, STATE_LOSSES
-from hfkd.recipe import load_recipe
+from hfkd.recipe import expand, load_recipe
 from hfkd.run.build import build
+from hfkd.transforms import Workshop
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNNABLE = ("README.md", "docs/losses.md", "docs/write_your_own.md", "docs/data.md", "docs/fidelity.md")
-FOLDERS = ("compress", "secokd", "accelerate", "ablation", "on_policy", "self_teacher", "several")
+FOLDERS = (
+    *("compress", "secokd", "accelerate", "ablation", "on_policy", "self_teacher", "several"),
+    *("which_data", "which_tokens", "whose_text", "self_knowledge", "kd_rl", "lorid", "black_box"),
+)
 PAGES = (
     *(*RUNNABLE, "CONTRIBUTING.md", "recipes/README.md", *(f"recipes/{folder}/README.md" for folder in FOLDERS)),
     *(f"docs/{name}.md" for name in ("architecture", "teachers", "caching", "several_teachers", "cross_tokenizer")),
-    *(f"docs/{name}.md" for name in ("security", "preflight", "evaluating", "publishing", "tracking")),
+    *(f"docs/{name}.md" for name in ("security", "preflight", "evaluating", "publishing", "tracking", "papers")),
     *(f"docs/guides/{path.name}" for path in sorted((ROOT / "docs/guides").glob("*.md"))),
 )
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
@@ -154,6 +159,23 @@ def test_the_teachers_of_the_pages_teach(desk, module, options):
     assert len(losses) == 2 and all(0 < loss < 100 for loss in losses)
 
 
+def test_what_decides_on_the_pages_decides(desk):
+    """A sampler, a reviser and a transform that can be imported may still not fit a training."""
+    import my_deciding
+
+    rows = [{"prompt": word, "completion": word} for word in ("ccc", "a", "dddd", "bb")]
+    own = {"sampler": my_deciding.ShortFirst(), "revisers": [my_deciding.WhereTheyDiffer()]}
+    trainer = make_trainer(desk / "run", rows=rows, per_device_train_batch_size=4, max_steps=1, **own)
+    assert list(trainer.sampler) == [1, 3, 0, 2]
+    trainer.train()
+    assert any("loss" in entry for entry in trainer.state.log_history)
+    said = []
+    rows = [{"prompt": "who is Ann"}, {"prompt": "Who is she"}]
+    workshop = Workshop(None, None, builder=None, say=said.append)
+    assert my_deciding.WithoutNames().apply(rows, workshop) == rows[1:] and said
+    assert as_verifier(my_deciding.ends_in_a_digit)({"prompt": "2"}, "It is 4") == 1.0
+
+
 def test_the_example_of_the_readme_is_short_and_teaches_itself():
     """What is advertised as twenty lines grows, and drops what it is about."""
     example = next(block.text for block in blocks("python", ("README.md",)))
@@ -179,8 +201,8 @@ def test_yaml_blocks_are_recipes(desk, block):
         whole["evaluation"]["forgetting"] = []
         sections = {key: {**whole.get(key, {}), **sections.get(key, {})} for key in {**whole, **sections}}
     Path("page.yaml").write_text(yaml.safe_dump(sections), "utf-8")
-    run = build(load_recipe("page.yaml"), dry=True)
-    assert run.objective.terms
+    for one in expand(load_recipe("page.yaml")).values():
+        assert build(one, dry=True).objective.terms
 
 
 @pytest.mark.parametrize("block", blocks("jsonl"), ids=ids)

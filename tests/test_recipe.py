@@ -246,7 +246,8 @@ def test_wrong_values(recipe_file: Path, overrides: list[str], words: str) -> No
     [
         (
             ["teacher.kind=selff"],
-            "teacher.kind: got 'selff'; expected self, local, none, ema, snapshot, early_exit, mixture, routed, cross_tokenizer",
+            "teacher.kind: got 'selff'; expected self, local, none, ema, snapshot, early_exit, mixture, routed, "
+            "cross_tokenizer",
         ),
         (["teacher.model=org/big"], "teacher.model: got 'org/big', which a teacher of kind self doesn't use"),
         (["teacher.kind=local"], "teacher.model: is required for a teacher of kind local"),

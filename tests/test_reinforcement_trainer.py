@@ -54,15 +54,14 @@ def test_a_teacher_whose_weight_is_0_isnt_asked(tmp_path):
     assert same(ours, plain_grpo(tmp_path / "trl"))
 
 
-class Listener(KDRLTrainer):
-    """Keeps what the first step learned from."""
-
-    kept: dict | None = None
-
-    def _compute_loss(self, model, inputs):
-        if self.kept is None:
-            self.kept = {name: value.clone() for name, value in inputs.items() if isinstance(value, torch.Tensor)}
-        return super()._compute_loss(model, inputs)
+def listen(trainer: KDRLTrainer, monkeypatch: Any) -> list[dict]:
+    """What the trainer will learn from, batch by batch."""
+    kept: list[dict] = []
+    original = trainer._compute_loss
+    monkeypatch.setattr(
+        trainer, "_compute_loss", lambda model, inputs: (kept.append(inputs), original(model, inputs))[1]
+    )
+    return kept
 
 
 def distributions(model: Any, prompts: list[list[int]], inputs: dict) -> torch.Tensor:
@@ -85,11 +84,9 @@ def by_hand(estimator: str, student_rows: torch.Tensor, teacher_rows: torch.Tens
     return values[taught].sum() / taught.sum()
 
 
-@pytest.mark.parametrize("estimator", ["k2", "k3", "full"])
-@pytest.mark.parametrize("batches", [(8, 1), (4, 2)])
+@pytest.mark.parametrize(("estimator", "batches"), [("k2", (8, 1)), ("k3", (4, 2)), ("full", (4, 2))])
 def test_a_step_of_distillation_is_the_formulas_step(tmp_path, monkeypatch, estimator, batches):
     """Tokens shifted by one, a prompt of the wrong side, or a mean over the wrong tokens still train something."""
-    monkeypatch.setattr("rewarding.KDRLTrainer", Listener)
     size, times = batches
     settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": times, "max_steps": 1}
     trainer = make_rewarded(
@@ -103,11 +100,7 @@ def test_a_step_of_distillation_is_the_formulas_step(tmp_path, monkeypatch, esti
         **TOLD,
         **settings,
     )
-    kept: list[dict] = []
-    original = trainer._compute_loss
-    monkeypatch.setattr(
-        trainer, "_compute_loss", lambda model, inputs: (kept.append(dict(inputs)), original(model, inputs))[1]
-    )
+    kept = listen(trainer, monkeypatch)
     before = learned(trainer)
     after = trained(trainer)
     inputs = {name: torch.cat([one[name] for one in kept]) for name in ("completion_ids", "taught", "asked")}
@@ -119,7 +112,7 @@ def test_a_step_of_distillation_is_the_formulas_step(tmp_path, monkeypatch, esti
     with torch.no_grad(), reference.disable_adapter():
         theirs = distributions(reference, prompts_of(trainer, inputs, "teacher"), inputs)
     loss = by_hand(estimator, ours, theirs, inputs)
-    assert logged(trainer, "distillation/loss")[0] == pytest.approx(float(loss), rel=2e-4) or times > 1
+    assert times > 1 or logged(trainer, "distillation/loss")[0] == pytest.approx(loss.item(), rel=2e-4)
     (0.5 * loss).backward()
     for name, value in reference.named_parameters():
         if value.requires_grad and value.grad.abs().max() > 1e-6:
@@ -135,7 +128,7 @@ def prompts_of(trainer: KDRLTrainer, inputs: dict, side: str) -> list[list[int]]
     return [all_of_them[int(place)] for place in inputs["asked"]]
 
 
-@pytest.mark.parametrize("estimator", ["k2", "k3", "full", "top_k"])
+@pytest.mark.parametrize("estimator", ["k2", "full", "top_k"])
 def test_a_teacher_that_is_the_student_adds_nothing(tmp_path, estimator):
     """Temperatures or vocabularies that differ between the two would give a loss, and a pull, at equality."""
     model = student()
@@ -208,13 +201,11 @@ def test_old_answers_count_by_their_ratio(tmp_path, monkeypatch):
     assert second.min() == pytest.approx(0.99) and second.max() == pytest.approx(1.01)
 
 
-def test_answers_end_at_the_prompts_stop_string(tmp_path):
+def test_answers_end_at_the_prompts_stop_string(tmp_path, monkeypatch):
     """Behind the line end a small model goes on with questions of its own, and the teacher would be asked of them."""
-    trainer = make_rewarded(tmp_path, distillation_weight=0, max_completion_length=40, max_steps=1, **TOLD)
-    ends = set(stop_ids(make_tokenizer(), ["\n"]))
-    kept = []
-    original = trainer._compute_loss
-    trainer._compute_loss = lambda model, inputs: (kept.append(inputs), original(model, inputs))[1]
+    trainer = make_rewarded(tmp_path, distillation_weight=0, max_steps=1, prompts=PromptStyle(stop=("e",)))
+    ends = set(stop_ids(make_tokenizer(), ["e"]))
+    kept = listen(trainer, monkeypatch)
     trainer.train()
     inputs = kept[0]
     answers = [
@@ -260,7 +251,7 @@ def raising(row: Any, text: str) -> float:
 @pytest.mark.parametrize(
     ("verifier", "message"),
     [
-        (raising, "raised KeyError.*The row: '(walk|jump|sing|ring|bake|play|open|close)"),
+        (raising, "raised KeyError.*The row: '[a-z]+'"),
         (lambda *_: float("nan"), "nan"),
     ],
 )

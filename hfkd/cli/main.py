@@ -15,6 +15,7 @@ from hfkd.cli.check import check
 from hfkd.cli.compare import compare
 from hfkd.cli.evaluate import evaluate
 from hfkd.cli.push import push
+from hfkd.cli.reason import reason
 from hfkd.cli.train import train
 
 app = typer.Typer(
@@ -46,5 +47,5 @@ def root(
     """Knowledge distillation of causal language models."""
 
 
-for command in (check, train, cache, evaluate, compare, card, push):
+for command in (check, train, cache, evaluate, reason, compare, card, push):
     app.command()(command)

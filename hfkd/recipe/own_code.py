@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from hfkd.recipe.adapters import drafts
 from hfkd.recipe.schema import Recipe
 from hfkd.recipe.teachers import OWN_CLASS
 
@@ -24,6 +25,10 @@ def trusted_code(recipe: Recipe) -> dict[str, str]:
     found = {f"{key}.trust_remote_code": one.model for key, one in teachers.items() if one.trust_remote_code}
     if recipe.student.trust_remote_code:
         found = {"student.trust_remote_code": recipe.student.origin, **found}
+    for name, one in drafts(recipe).items():
+        found |= {
+            f"adapters.{name}.{key}": model for key, model in trusted_code(one).items() if found.get(key) != model
+        }
     return {key: model or "no model" for key, model in found.items()}
 
 

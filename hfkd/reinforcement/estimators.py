@@ -18,9 +18,11 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hfkd.losses.base import Divergence, Temperature
+from hfkd.rows import LOWEST
 
 
 def k2(log_ratio: Tensor, limit: float | None = None) -> Tensor:
@@ -67,10 +69,11 @@ def bounded_ratio(new: Tensor, old: Tensor, low: float, high: float) -> Tensor:
 
 
 class LikeliestReverseKL(Divergence):
-    """Reverse KL over the tokens that the student itself finds likeliest, and nothing over the others.
+    """Reverse KL over the tokens that the student itself finds likeliest, all others as one entry.
 
     Formula:
-        sum over v in top of q(v) (log q(v) - log p(v)), q the student, p the teacher, top the student's likeliest ids
+        sum over v in top of q(v) (log q(v) - log p(v)) + q(rest) (log q(rest) - log p(rest)), q the student, p the
+        teacher, top the student's likeliest ids
     Args:
         candidates: How many ids.
         temperature: Divides both models' logits, > 0.
@@ -78,8 +81,8 @@ class LikeliestReverseKL(Divergence):
     Reads:
         Both distributions.
     Undefined:
-        Nowhere. The sum is cut, not made whole again: it may be negative, and what the student puts elsewhere costs
-        nothing, which is why the whole `reverse_kl` is the better choice where memory allows it.
+        Nowhere; never above the whole reverse KL, and 0 with its gradient at equality. The sum over the top alone,
+        without the entry for the rest, has a gradient there: it pushes the student's mass out of its top.
     """
 
     def __init__(
@@ -91,9 +94,12 @@ class LikeliestReverseKL(Divergence):
         self.candidates = candidates
 
     def between(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Return [n], the part of the sum that is over the student's likeliest ids."""
+        """Return [n], KL(student || teacher) on the student's likeliest ids and the rest."""
         top = student.detach().topk(min(self.candidates, student.shape[-1]), dim=-1).indices
-        said, theirs = student.gather(-1, top), teacher.gather(-1, top)
+        said, theirs = (
+            torch.cat([side.gather(-1, top), side.scatter(-1, top, LOWEST).logsumexp(dim=-1, keepdim=True)], dim=-1)
+            for side in (student, teacher)
+        )
         return (said.exp() * (said - theirs)).sum(dim=-1)
 
     def settings(self) -> dict[str, Any]:

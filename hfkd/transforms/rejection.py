@@ -32,8 +32,8 @@ class RejectionSampling(RowTransform):
     """Puts verified samples in the place of the rows' answers, or beside them.
 
     Args:
-        verifier: Says whether an answer is right: `exact`, `contains`, `reasoning_gym`, or `package.module:function` of
-            a row and a text (see `hfkd.data.verify`). The row's gold answer stands in its `answer`.
+        verifier: Says whether an answer is right: `exact`, `contains`, `reasoning_gym`, or `package.module:function`
+            of a row and a text (see `hfkd.data.verify`). The row's gold answer stands in its `answer`.
         writer: `student`, or `teacher`, who reads its demonstrations and the row's privileged context.
         samples: Answers to each prompt.
         keep: The most different answers that are kept of a prompt, which is then asked no more; null keeps all.
