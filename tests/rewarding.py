@@ -1,4 +1,4 @@
-"""A rewarded training small enough for every test. Shared by test_reinforcement_trainer.py and the two-process script."""
+"""A rewarded training small enough for every test; shared with the two-process script."""
 
 from __future__ import annotations
 

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+from label_server import Say, endpoint, lines_of, plan_tree, question_of, write_plan
 
 from hfkd.errors import VerifierError
-from hfkd.labels import Answer, FormatError, SpanScores, span_f1, span_scores
+from hfkd.labels import Answer, FormatError, SpanScores, label_rows, load_plan, span_f1, span_scores
 from hfkd.labels.asking import Outcome
 from hfkd.labels.extraction import ExtractionTemplate
 from hfkd.labels.filters import AgreementFilter, FormatFilter, Labelled, SelfEvaluationFilter, VerifierFilter
+from hfkd.labels.parts import make_filters, make_template
+from hfkd.labels.plan import own_code
 from hfkd.labels.spans import read_spans, score_predictions
 from hfkd.labels.templates import LabelTemplate, RationaleTemplate, fill
+from hfkd.recipe import load_recipe
 
 ROW = {"prompt": "Is 7 prime?", "answer": "yes"}
 PASSAGE = {"prompt": "Ada Lovelace met Babbage in London."}
@@ -253,3 +260,74 @@ def test_pairs_survive_any_text() -> None:
     read = ExtractionTemplate().read(row, json.dumps([['"hi"', "word"], ["東京", "place"]]))
     rows = ExtractionTemplate(negatives=0).rows([(0, row, read)])
     assert [json.loads(one["completion"]) for one in rows] == [['"hi"'], ["東京"]]
+
+
+@pytest.mark.parametrize("sampled", [True, False])
+def test_samples_that_are_no_samples_are_told(sampled: bool, tmp_path) -> None:
+    """Three copies of one text agree always; and what agreed after a filter may well have differed before it."""
+    answer = lambda body, number: Say("a" if not sampled or number % 3 else "b")  # noqa: E731
+    with endpoint(answer) as server:
+        tree = plan_tree(tmp_path, server.url, [f"q{n}" for n in range(5)], generation={"temperature": 1.0})
+        tree |= {"samples": 3, "filters": [{"kind": "agreement", "least": 0.6}]}
+        summary = label_rows(load_plan(write_plan(tmp_path, tree)))
+    assert summary["rows"]["labelled"] == 5 and summary["answers"]["passed"] == (10 if sampled else 15)
+    assert any("doesn't seem to sample" in words for words in summary["warnings"]) is not sampled
+
+
+def test_filters_in_a_run_drop_rows_with_reasons(tmp_path) -> None:
+    """The counts of a summary must add up to the rows that were read, whatever dropped them."""
+
+    def answer(body, number):
+        asked = question_of(body)
+        if "Is the answer right?" in asked:
+            return Say("no" if "q1" in asked else "yes")
+        return Say("sorry" if asked == "q2" else f"to {asked}")
+
+    filters = [{"kind": "format", "forbidden": ["sorry"]}, {"kind": "self_evaluation"}]
+    with endpoint(answer) as server:
+        tree = plan_tree(tmp_path, server.url, ["q0", "q1", "q2", "q3"], filters=filters)
+        summary = label_rows(load_plan(write_plan(tmp_path, tree)))
+    assert summary["rows"] == {"read": 4, "labelled": 2, "rejected": {"self_evaluation": 1, "format": 1}, "written": 2}
+    assert len(server.asked) == 4 + 3, "what is dropped before isn't judged"
+    card = (tmp_path / "out/README.md").read_text()
+    assert "license: unknown" in card and "1 (self_evaluation), 1 (format)" in card and str(tmp_path) not in card
+
+
+def test_all_different_answers_can_be_kept(tmp_path) -> None:
+    """Several right answers to one question are several lessons; the same one twice is not."""
+    with endpoint([Say("a"), Say("b"), Say("a")]) as server:
+        tree = plan_tree(tmp_path, server.url, ["q"], generation={"temperature": 1.0})
+        label_rows(load_plan(write_plan(tmp_path, tree | {"samples": 3, "keep": "all"})))
+    assert [row["completion"] for row in lines_of(tmp_path / "out/rows.jsonl")] == ["a", "b"]
+
+
+def test_a_template_of_ones_own_is_told_and_used(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code that a plan brings must be named before it is imported, as a recipe's is."""
+    (tmp_path / "my_templates.py").write_text(
+        "from hfkd.labels import Answer, Template\n\n\nclass Loud(Template):\n    def read(self, row, text):\n"
+        "        return Answer(text, text, text.upper(), text)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with endpoint([Say("a")]) as server:
+        plan = load_plan(
+            write_plan(tmp_path, plan_tree(tmp_path, server.url, ["q"], template={"kind": "my_templates:Loud"}))
+        )
+        assert own_code(plan) == {"template.kind": "my_templates:Loud"}
+        label_rows(plan)
+    assert lines_of(tmp_path / "out/rows.jsonl")[0]["completion"] == "A"
+
+
+def test_the_recipes_fit_together() -> None:
+    """The student's recipe must read the file that the plan writes."""
+    folder = Path(__file__).parent.parent / "recipes" / "black_box"
+    plan = load_plan(folder / "label.yaml")
+    make_template(plan), make_filters(plan)
+    assert Path(plan.data.path).is_file()
+    student = load_recipe(folder / "student.yaml")
+    assert Path(student.data.train.path) == Path(plan.output_dir) / "rows.jsonl"
+
+
+def test_without_a_labelling_nothing_of_it_is_loaded() -> None:
+    """Every option off: a training must not need a package that only this command asks for."""
+    code = "import sys, hfkd.trainer, hfkd.recipe, hfkd.run; assert not {'openai', 'hfkd.labels'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=Path(__file__).parent.parent)

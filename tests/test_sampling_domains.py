@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import math
 import shutil
 from collections import Counter
@@ -10,7 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from conftest import make_model, make_tokenizer
+from rich.console import Console
 from training import ROWS, WORDS, lora, make_trainer, trained_weights
 
 from hfkd import DistillationTrainer, EmaTeacher, HFRollout, LocalTeacher, PromptStyle
@@ -18,6 +22,7 @@ from hfkd.data.prompts import PromptBuilder
 from hfkd.data.views import DistillationDataset
 from hfkd.recipe import RecipeError, load_recipe
 from hfkd.rollout import GenerationSettings
+from hfkd.run import run_recipe
 from hfkd.sampling.course import Course, cycle
 from hfkd.sampling.domains import DomainSampler, next_shares, stays
 from hfkd.teachers import Teacher
@@ -184,6 +189,32 @@ def test_recipes_are_held_against_the_constructor(tmp_path: Path) -> None:
         load_recipe(RECIPE, ["data.sampler.intervall=5"])
     with pytest.raises(RecipeError, match="smoothing is 1.5"):
         load_recipe(RECIPE, ["data.sampler.smoothing=1.5"])
+
+
+@pytest.mark.parametrize("answer", ["dataset", "teacher"])
+def test_a_recipe_draws_by_a_column_of_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str) -> None:
+    """A column that is lost on the way from the file, or while the teacher writes the answers, ends the run."""
+    monkeypatch.chdir(tmp_path)
+    make_model().save_pretrained("model")
+    make_tokenizer().save_pretrained("model")
+    rows = [{"prompt": row["prompt"], "completion": row["completion"], "kind": row["domain"]} for row in MIXED]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = {
+        "student": {"model": "model", "lora": {"r": 2, "alpha": 4}},
+        "teacher": {"kind": "self"},
+        "data": {
+            "train": {"path": "rows.jsonl", "columns": {"domain": "kind"}},
+            "demonstrations": {"count": 2},
+            "answer": answer,
+            "generation": {"max_new_tokens": 3},
+            "sampler": {"kind": "domains", "interval": 2, "examples": 2},
+        },
+        "training": {"output_dir": "out", "max_steps": 2, "per_device_train_batch_size": 2, "use_cpu": True},
+    }
+    Path("recipe.yaml").write_text(yaml.safe_dump({**recipe, "evaluation": None}))
+    run_recipe(load_recipe("recipe.yaml"), console=Console(file=io.StringIO()))
+    logged = next(Path("out").glob("checkpoint-*/trainer_state.json")).read_text()
+    assert "domains/count/share" in logged and "domains/past/teacher_perplexity" in logged
 
 
 # --- what is measured

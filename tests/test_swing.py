@@ -5,6 +5,7 @@ The loss as a measure like any other is tested by the battery in tests/losses/.
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 
@@ -17,7 +18,7 @@ from training import ROWS, make_trainer, trained_weights
 from hfkd.batch import Batch
 from hfkd.losses import LOSSES, Divergence, Swing
 from hfkd.losses.swing import MEASURES, _drawn, _mixed
-from hfkd.rows import TopKRows
+from hfkd.rows import RowLayout, TopKRows
 from hfkd.schedules import Schedule
 from hfkd.support import TokenChunk
 
@@ -218,6 +219,10 @@ def test_what_a_measure_is_holds_for_swing_too():
     """Prevents a loss on the student's own text, or one alone, that its measure would refuse."""
     assert Swing("adaptive_label_smoothing").learns_text and not Swing().learns_text
     assert not Swing("sinkhorn").may_stand_alone and Swing().may_stand_alone
+    layout = RowLayout.single(5, torch.device("cpu"))
+    grouped = Swing({"kind": "sinkhorn", "group_size": 2}).groups(layout)
+    assert Swing().groups(layout) is None and grouped.tolist() == [0, 0, 1, 1, 2]
+    assert copy.deepcopy(Swing("sinkhorn")).groups(layout).shape == (5,)
     chunked = chunk()
     Swing("adaptive_label_smoothing")(chunked)
     assert set(chunked.measures) == {"smoothing"}

@@ -63,6 +63,18 @@ def test_weights_are_the_cosines_of_gradients(builder):
     assert len({round(one, 3) for one in weights(found)}) > 3
 
 
+def test_centered_weights_are_about_one(builder):
+    """Prevents weights that only make the whole loss larger, where all rows point the same way."""
+    student = adapted()
+    plain = weights(InfluenceWeights().apply(ROWS[:6], workshop(builder, student)))
+    found = weights(InfluenceWeights(centered=True).apply(ROWS[:6], workshop(builder, student)))
+    mean = sum(plain) / 6
+    assert found == pytest.approx([1 + one - mean for one in plain], abs=1e-6) and abs(mean - 1) > 0.01
+    long = [*ROWS[:6], {"prompt": "long " * 60, "completion": "yes"}]
+    transform = InfluenceWeights(centered=True, max_length=40)
+    assert weights(transform.apply(long, workshop(builder, student)))[-1] == 1.0
+
+
 def test_a_flipped_label_has_the_lowest_weight(builder):
     """Prevents weights that raise what should be lowered: in a convex problem, where only the output head learns, the
     one row with a wrong answer must come last.
@@ -194,6 +206,7 @@ def test_weights_reach_the_loss(builder, tmp_path: Path):
         ({"highest": 0.5}, "highest is 0.5"),
         ({"clean": 0}, "clean is 0"),
         ({"projection": 0}, "projection is 0"),
+        ({"path": "no_such.jsonl"}, "no such file"),
         ({"loss": "cros_entropy"}, "There is no loss"),
         ({"loss": "hidden_mse"}, "would stand alone|reads hidden states"),
     ],

@@ -1,4 +1,4 @@
-"""`rejection`: which samples are learned, how often a model is asked, and that nothing is kept that wasn't verified."""
+"""`rejection`: which samples are learned, how often a model is asked, and that nothing unverified is kept."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hfkd.data.verify import VERIFIERS
 from hfkd.errors import NothingToLearn, VerifierError
 from hfkd.rollout.base import GenerationSettings
 from hfkd.rollout.hf import HFRollout
-from hfkd.teachers import CachedTeacher, EarlyExitTeacher
+from hfkd.teachers import EarlyExitTeacher
 from hfkd.transforms import TRANSFORMS, Workshop
 from hfkd.transforms.rejection import RejectionSampling
 
@@ -170,10 +170,10 @@ def test_a_verifier_that_fails_names_the_row(monkeypatch):
         RejectionSampling("raises").apply(ROWS, scripted(in_turn("4")))
 
 
-def test_without_somebody_to_write_it_is_refused(tmp_path):
+def test_without_somebody_to_write_it_is_refused():
     """Prevents an attribute error in the middle of a run."""
     script = in_turn("4")
-    for teacher in (None, EarlyExitTeacher(weights="live"), CachedTeacher(tmp_path)):
+    for teacher in (None, EarlyExitTeacher(weights="live")):
         with pytest.raises(ValueError, match="lets the teacher write"):
             RejectionSampling("exact", writer="teacher").apply(ROWS, scripted(script, teacher=teacher))
     workshop = scripted(script)

@@ -75,7 +75,7 @@ def summary_lines(found: Mapping[str, Any]) -> list[str]:
     lines = [
         f"Questions   {found['questions']}, {found['agreed']:.1%} agreed on",
         f"Rounds      {rounds['mean']:.2f} on average ({counts}); {found['texts']:.1f} texts a question",
-        f"Most given  {top['answer'] or 'none'}, {top['share']:.1%} of the answers",
+        f"Most given  {top['answer'] or 'none'}, to {top['share']:.1%} of the questions",
     ]
     if "accuracy" not in found:
         return lines

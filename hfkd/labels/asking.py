@@ -276,5 +276,9 @@ class Asker:
         faults = Counter(self.run.faults)
         again = ", ".join(f"{count} x {kind}" for kind, count in sorted(faults.items()))
         cost = self.cost()
-        parts = [f"{what}: {done}/{total}", f"faults: {again}" if again else "", "" if cost is None else f"{cost:.4f}"]
+        parts = [
+            f"{what}: {done}/{total}",
+            f"faults: {again}" if again else "",
+            "" if cost is None else f"cost {cost:.4f}",
+        ]
         return "; ".join(part for part in parts if part)

@@ -31,6 +31,7 @@ class Labelled:
         asked: How many texts were asked for.
         answers: Those that are left.
         reasons: Why the others aren't: `(kind, words)` each.
+        different: How many different texts there were before any filter.
     """
 
     number: int
@@ -38,6 +39,7 @@ class Labelled:
     asked: int
     answers: list[Answer]
     reasons: list[tuple[str, str]] = field(default_factory=list)
+    different: int = 0
 
 
 class Filter(ABC):

@@ -80,7 +80,7 @@ def _ask(rows: Sequence[Mapping[str, Any]], template: Template, asker: Asker, sa
         found = [next(outcomes) for _ in range(samples)]
         answers = [outcome.value for outcome in found if outcome.value is not None]
         reasons = [(outcome.kind, outcome.words) for outcome in found if outcome.value is None]
-        labelled.append(Labelled(number, row, samples, answers, reasons))
+        labelled.append(Labelled(number, row, samples, answers, reasons, len({answer.text for answer in answers})))
     return labelled
 
 
@@ -140,11 +140,10 @@ def _summary(
 
 def _warnings(plan: LabelPlan, labelled: Sequence[Labelled], asker: Asker) -> Iterable[str]:
     """What a user should know before training on this."""
-    several = [one for one in labelled if len(one.answers) > 1]
-    if len(several) >= 4 and all(len({answer.text for answer in one.answers}) == 1 for one in several):
+    if plan.samples > 1 and len(labelled) >= 4 and all(one.different <= 1 for one in labelled):
         yield (
-            f"the {plan.samples} samples of every row are the same text: the endpoint doesn't sample, so agreement "
-            "says nothing; some servers heed the model's own generation config only (generation.extra)"
+            f"the {plan.samples} samples of each row are the same text: the endpoint doesn't seem to sample, so "
+            "agreement says nothing; some servers heed the model's own generation config only (generation.extra)"
         )
     if asker.ledger.totals.uncounted:
         yield (

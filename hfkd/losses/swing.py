@@ -100,8 +100,8 @@ class Swing(Divergence):
         super().__init__(temperature, scale_by_temperature_squared)
         self.measure = measure if isinstance(measure, str) else dict(measure)
         self.measured = _make_measure(measure, temperature, scale_by_temperature_squared)
-        for name in ("needs", "may_stand_alone", "why_not_alone", "fits_text"):
-            setattr(self, name, getattr(self.measured, name))
+        for name in ("needs", "may_stand_alone", "why_not_alone", "fits_text", "groups"):
+            setattr(self, name, getattr(self.measured, name))  # it is in all this what it measures
         hottest = max(all_values(self._temperature))
         if not hottest <= max_temperature < math.inf:
             raise ValueError(
@@ -124,10 +124,6 @@ class Swing(Divergence):
             raise ValueError(f"{self.key}: seed is {seed!r}; expected a whole number from 0 to 2147483647.")
         self.max_temperature, self.noise, self.noise_share = float(max_temperature), noise, float(noise_share)
         self.student_too, self.seed = bool(student_too), seed
-
-    def groups(self, layout: Any) -> Tensor | None:
-        """As the measure groups them."""
-        return self.measured.groups(layout)
 
     def prepare(self, width: int, vocab_size: int) -> None:
         """Let the measure make its parameters."""

@@ -26,7 +26,7 @@ from hfkd.data.messages import prompt_key, text_key
 from hfkd.data.prompts import PromptBuilder
 from hfkd.data.views import teacher_prompts
 from hfkd.objective import build_objective
-from hfkd.preflight import distillable, duration, two_paths
+from hfkd.preflight import deciding, distillable, duration, two_paths
 from hfkd.preflight.distillable_text import by_text
 from hfkd.preflight.findings import Examination, Finding, findings_table, verdict
 from hfkd.preflight.leakage import find_leaks
@@ -146,6 +146,8 @@ class _Preflight:
             needs["teacher"] = self.same_tokens and exam.make("teacher", self._own_tokenizer)
         self.examples = exam.make("examples", self._make_examples, **needs)
         exam.check("examples", self._show, examples=self.examples)
+        if deciding.decides(run):
+            exam.check(deciding.NAME, lambda: deciding.check_deciding(run, self.examples[1]), examples=self.examples)
         exam.check("leakage", self._leaks, rows=rows)
         if "dataset" in recipe.data.shares and recipe.data.answer != "teacher":
             exam.check("answer lengths", self._gold_lengths, examples=self.examples)
@@ -175,7 +177,8 @@ class _Preflight:
         """The views of all rows, refused where teacher and student would read the same to no end."""
         run = self.run
         rows, dataset = fitting(run)
-        check_second_view(run.objective, run.teacher, dataset, Mixture.of(self.recipe.data.shares))
+        if self.recipe.reinforcement is None:
+            check_second_view(run.objective, run.teacher, dataset, Mixture.of(self.recipe.data.shares))
         if isinstance(run.teacher, CachedTeacher):
             run.teacher.expected = expected_contract(run, dataset)
             run.teacher.prepare(PartialState(), nn.Identity())
@@ -199,6 +202,9 @@ class _Preflight:
 
     def _memory(self) -> None:
         """Bytes by part, before anything is loaded."""
+        if self.recipe.reinforcement is not None:
+            self.fits = True
+            return
         known = replace(self.run, config=self.config)  # that of the run, its evaluations included
         if self.examples is None:
             known = replace(known, train=[])  # by the limits
@@ -233,6 +239,8 @@ class _Preflight:
         exam, needs = self.exam, {"models": self.models}
         exam.check(distillable.NAME, self._ask, **needs)
         rows = exam.make("answer lengths", self._trial_rows, **needs)
+        if self.recipe.reinforcement is not None:
+            return
         trainer = exam.make("trainer", lambda: self._make_trainer(rows), rows=rows)
         exam.check(two_paths.NAME, lambda: two_paths.compare_paths(trainer), trainer=trainer)
         if self.unasked and self.run.teacher is not None and self.run.objective.needs:
@@ -305,7 +313,7 @@ class _Preflight:
         run = self.run
         steps = duration.planned_steps(run, len(self.examples[0]))
         config = make_config(run.recipe, max_steps=steps, gradient_accumulation_steps=1)
-        trainer = make_trainer(run, rows, run.model, run.teacher, run.objective, config)
+        trainer = make_trainer(run, rows, run.model, run.teacher, run.objective, config, draws=False)
         for shown in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(shown)
         return trainer

@@ -30,10 +30,11 @@ def reward_faults(recipe: Recipe) -> Iterator[str]:
     yield from _answers(recipe)
     yield from _groups(recipe, section)
     yield from _options(section)
-    if "loss" in recipe.model_fields_set and section.estimator != "full":
+    terms = [term.model_dump(exclude_defaults=True) for term in recipe.loss.terms]
+    if "loss" in recipe.model_fields_set and section.estimator != "full" and terms != [{"kind": "reverse_kl"}]:
         yield (
-            f"loss: is given, and reinforcement.estimator is {section.estimator}, which measures no terms; leave it "
-            "out, or set reinforcement.estimator: full"
+            f"loss.terms: reinforcement.estimator is {section.estimator}, which estimates the reverse KL and no other "
+            "terms; leave loss out, or set reinforcement.estimator: full"
         )
 
 

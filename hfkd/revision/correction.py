@@ -57,6 +57,8 @@ class Correction(Reviser):
         ValueError: There is no such number.
     """
 
+    needs_teacher = True
+
     def __init__(self, times: int = 1) -> None:
         if isinstance(times, bool) or not isinstance(times, int) or times < 1:
             raise ValueError(f"correct: times is {times!r}; expected a number of corrections, at least 1.")

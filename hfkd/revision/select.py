@@ -81,6 +81,8 @@ class Selection(Reviser):
         ValueError: An argument is none of these.
     """
 
+    needs_teacher = True
+
     def __init__(
         self,
         by: str = "sequence",

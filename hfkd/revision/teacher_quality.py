@@ -45,6 +45,8 @@ class TeacherQuality(Reviser):
         ValueError: An argument is none of these.
     """
 
+    needs_teacher = True
+
     def __init__(self, measure: str = "accuracy", per: str = "row", floor: float = 0.0) -> None:
         for name, value, known in (("measure", measure, _MEASURES), ("per", per, ("row", "step"))):
             if value not in known:

@@ -37,7 +37,7 @@ def make_reinforced_trainer(run: Run, rows: Sequence[dict[str, Any]]) -> KDRLTra
         make_reward_config(recipe, run.config),
         train_dataset=make_dataset(run, rows, run.teacher, run.objective),
         processing_class=run.tokenizer,
-        **({"objective": run.objective} if "loss" in recipe.model_fields_set else {}),
+        **({"objective": run.objective} if recipe.reinforcement.estimator == "full" else {}),
     )
 
 

@@ -34,6 +34,7 @@ def make_trainer(
     objective: Objective,
     config: Any,
     eval_rows: Sequence[dict[str, Any]] | None = None,
+    draws: bool = True,
 ) -> DistillationTrainer:
     """A trainer over these rows, with both views of each example, and the writer of its texts, as the recipe says.
 
@@ -48,6 +49,7 @@ def make_trainer(
         objective: Of the training.
         config: Its settings.
         eval_rows: Held-out texts; None takes the recipe's evaluation items.
+        draws: Whether the recipe's sampler draws, which may need more rows than a trial has.
 
     Raises:
         ValueError: It is to evaluate, and there are no held-out texts; or no text fits its limits.
@@ -67,7 +69,8 @@ def make_trainer(
         data_collator=DistillationCollator(run.tokenizer.pad_token_id),
         callbacks=make_callbacks(run) if evaluates else [],
         **(written if writes else {}),
-        **({} if aside else {"sampler": make_sampler(run.recipe), "revisers": make_revisers(run.recipe)}),
+        sampler=make_sampler(run.recipe) if draws and not aside else None,
+        revisers=[] if aside else make_revisers(run.recipe),
     )
 
 

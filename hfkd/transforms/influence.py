@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,8 @@ class InfluenceWeights(RowTransform):
 
     Formula:
         w_i = clip(1 + strength * <g_clean, g_i> / (|g_clean| |g_i|), 0, highest), g the gradient of the mean loss of
-        a token with respect to the parameters that learn (the adapter, where there is one), dropout off.
+        a token with respect to the parameters that learn (the adapter, where there is one), dropout off. `centered`
+        takes the rows' mean cosine from each.
     Args:
         strength: How far the cosine moves a weight from 1, >= 0; 0 writes no weights.
         drop: The share of the rows with the lowest cosines that is left out, from 0 to below 1.
@@ -49,6 +51,9 @@ class InfluenceWeights(RowTransform):
         clean: How many clean rows are read, >= 1, chosen by the seed; all where there are fewer.
         projection: Numbers that a gradient is summed up in, by chance; a cosine then errs by about
             1 / sqrt(projection). None is exact: it keeps one whole gradient in memory, little for an adapter.
+        centered: Whether a row is held against the other rows instead of against nothing. An untrained student's rows
+            all point the same way at first (how to answer at all), so that without it the weights are mostly one
+            factor above 1 on all rows alike; with it their mean is about 1.
         max_length: In tokens; longer rows keep the weight 1, and longer clean rows aren't read.
 
     Raises:
@@ -72,6 +77,7 @@ class InfluenceWeights(RowTransform):
         path: str | None = None,
         clean: int = 32,
         projection: int | None = None,
+        centered: bool = False,
         max_length: int = 2048,
     ) -> None:
         _check("strength", strength, 0, "a number of 0 or more")
@@ -83,8 +89,16 @@ class InfluenceWeights(RowTransform):
         for name, value in (("clean", clean), ("projection", 1 if projection is None else projection)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}; expected a whole number of at least 1.")
+        if (
+            path is not None
+            and Path(path).suffix
+            and not path.startswith("reasoning_gym:")
+            and not Path(path).exists()
+        ):
+            raise ValueError(f"path is {path!r}, and there is no such file; expected a file of clean rows.")
         self.strength, self.drop, self.highest, self.loss = float(strength), float(drop), float(highest), loss
-        self.path, self.clean, self.projection, self.max_length = path, clean, projection, max_length
+        self.path, self.clean, self.projection, self.centered = path, clean, projection, bool(centered)
+        self.max_length = max_length
         needs = build_objective(loss).needs
         if needs - {DISTRIBUTION}:
             raise ValueError(f"loss is {loss!r}, which reads hidden states; expected one that reads distributions.")
@@ -102,13 +116,15 @@ class InfluenceWeights(RowTransform):
         clean = self._clean_rows(workshop)
         views = reader.views(rows, reader.objective.needs)
         cosines = np.zeros(len(rows))
-        decided = {"rows": list(rows), "clean": clean, "settings": [self.loss, self.projection, self.max_length]}
-        decided["weights"] = reader.digests()
+        decided = {"rows": list(rows), "clean": clean, "settings": [self.loss, self.projection, workshop.seed]}
+        decided |= {"prompts": [views.student_prompts, views.teacher_prompts], "weights": reader.digests()}
         workshop.say(f"influence: the gradients of {len(views)} rows, held against those of {len(clean)} clean ones.")
         sketch = _Sketch(self.projection, workshop.seed)
         found = row_figures(len(views), 1, reader.cosine_of(views, clean, sketch), workshop, "influence", decided)
         cosines[views.kept] = found[:, 0]
-        weights = np.clip(1 + self.strength * cosines, 0, self.highest)
+        moved = np.zeros(len(rows))
+        moved[views.kept] = found[:, 0] - (found.mean() if self.centered else 0)
+        weights = np.clip(1 + self.strength * moved, 0, self.highest)
         kept = self._kept(cosines, views.kept)
         self._tell(cosines[views.kept], weights[kept], len(rows), len(clean))
         if not self.strength:
@@ -188,6 +204,9 @@ class _Reader:
         found = [weights_digest(self.student)]
         if self.objective.needs:
             found.append(str(self.teacher.describe()))
+            if self.teacher.writes:
+                with self.teacher.weights() as model:
+                    found.append(weights_digest(model))
         return found
 
     def cosine_of(

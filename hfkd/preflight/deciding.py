@@ -1,0 +1,42 @@
+"""What a recipe's sampler and transforms have to say before a run: do they go with the rows, and what isn't shown?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from hfkd.data.views import DistillationDataset
+from hfkd.preflight.findings import Finding
+from hfkd.recipe.parts import make_sampler
+from hfkd.run.build import Run
+
+NAME = "what decides"
+REWARDED = "the run is rewarded, and the trials of a check know the teacher's part alone"
+
+
+def decides(run: Run) -> bool:
+    """Whether there is anything to say."""
+    data = run.recipe.data
+    return data.sampler is not None or bool(data.transforms) or run.recipe.reinforcement is not None
+
+
+def check_deciding(run: Run, dataset: DistillationDataset) -> Iterator[Finding]:
+    """Let the sampler look at the rows that it would draw from.
+
+    Args:
+        run: With its rows.
+        dataset: Of the training examples.
+
+    Raises:
+        ValueError: The sampler can't draw from these rows.
+    """
+    data, config = run.recipe.data, run.config
+    sampler = make_sampler(run.recipe)
+    if sampler is not None and not data.transforms:
+        size = config.train_batch_size * config.gradient_accumulation_steps
+        sampler.attach(dataset, seed=config.seed, examples_per_step=size)
+        yield Finding("pass", NAME, f"{data.sampler.kind} can draw from the {len(dataset)} examples.")
+    if data.transforms:
+        kinds = ", ".join(section.kind for section in data.transforms)
+        yield Finding("pass", NAME, f"Rows are shown as they are before {kinds}, which the run itself does.")
+    if run.recipe.reinforcement is not None:
+        yield Finding("warning", NAME, f"Memory, loss and duration aren't tried: {REWARDED}.")
