@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import typing
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ def test_the_section_says_what_the_settings_do(recipe_file):
 
 
 def test_settings_of_a_recipe_reach_the_trainer(recipe_file):
-    """TRL's own defaults (bfloat16, checkpointing, a learning rate of 1e-6) would stand where the recipe says nothing."""
+    """TRL has other defaults (bfloat16, checkpointing, the learning rate), and a recipe without them means ours."""
     recipe = load_recipe(recipe_file, ["reinforcement.options={epsilon: 0.1}", "training.learning_rate=0.001"])
     config = make_reward_config(recipe, build(recipe, dry=True).config)
     assert (config.epsilon, config.learning_rate, config.max_completion_length) == (0.1, 0.001, 6)
@@ -125,11 +126,8 @@ def test_a_rewarded_run_from_end_to_end(tmp_path, recipe_file, teacher):
     reward |= {"distillation_weight": 0} if teacher == "none" else {"estimator": "full", "distillation_weight": 0.5}
     path = local(tmp_path, recipe_file, reinforcement=reward, teacher={"kind": teacher})
     result = run_recipe(load_recipe(path))
-    assert (
-        result.record.status == "finished"
-        and result.record.metrics["train_loss"] == result.record.metrics["train_loss"]
-    )
+    assert result.record.status == "finished" and math.isfinite(result.record.metrics["train_loss"])
     names = {found.name for found in (tmp_path / "run").iterdir()}
     assert {"adapter_model.safetensors", "run.json", "report.json", "README.md"} <= names
-    assert "trl" not in (tmp_path / "run" / "README.md").read_text().lower().split("versions")[0]
+    assert "This model is a fine-tuned version" not in (tmp_path / "run" / "README.md").read_text()  # TRL's card
     assert "training_args.bin" not in names

@@ -220,11 +220,25 @@ def test_white_space_is_never_taken_out(builder):
     """Prevents a copy that says the same in other white space."""
     row = {"prompt": "one\n\n\ntwo\n  \n three", "completion": "x"}
     asked = AskedRow.of(row, builder)
-    assert [piece for piece, yes in zip(pieces(asked), asked.removable, strict=True) if not yes]
+    assert [piece for piece, yes in zip(pieces(asked), asked.removable(), strict=True) if not yes]
     count = len(asked.places)
-    blank = [float(not yes) for yes in asked.removable]
+    blank = [float(not yes) for yes in asked.removable()]
     student, teacher = linear(asked.places, blank), linear(asked.places, [1 - one for one in blank])
     assert made([row], builder, student, teacher) == [row] and count == len(blank)
+
+
+def test_what_is_spared_is_never_taken_out(builder):
+    """Prevents a word problem without its numbers, whose answer is another one."""
+    row = {"prompt": "9 and 4 and one", "completion": "x"}
+    asked = AskedRow.of(row, builder)
+    numbers = [float(piece.strip().isdigit()) for piece in pieces(asked)]
+    assert sum(numbers) == 2
+    student, teacher = linear(asked.places, numbers), linear(asked.places, [1 - one for one in numbers])
+    assert [copy["prompt"] for copy in made([row], builder, student, teacher)[1:]] == [
+        "and 4 and one",
+        "9 and and one",
+    ]
+    assert made([row], builder, student, teacher, spare=r"\d") == [row]
 
 
 def test_a_copy_that_asks_a_held_out_question_is_left_out(builder):
@@ -285,6 +299,7 @@ def test_a_student_with_an_adapter(builder):
         ({"cap": 2}, "cap is 2"),
         ({"max_length": 1}, "max_length is 1"),
         ({"share": True}, "share is True"),
+        ({"spare": "("}, "no regular expression"),
     ],
 )
 def test_what_cannot_be_is_refused_when_it_is_made(settings, words):

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 CANONICAL = (
     *("prompt", "completion", "messages", "privileged_context", "demonstrations", "answer"),
-    *("token_weights", "teacher", "domain", "verification"),
+    *("token_weights", "teacher", "domain", "verification", "score"),
 )
 """The columns that a row may have; any other column of a file is left behind."""
 
@@ -69,8 +69,8 @@ def load_rows(source: Source, *, require_completion: bool = True) -> Dataset:
 
     Returns:
         A data set with `prompt` and `completion`, or `messages`, and where given `privileged_context`,
-        `demonstrations`, `answer`, `token_weights`, `teacher`, `domain` and `verification`; `answer` is the stripped
-        completion where there is none.
+        `demonstrations`, `answer`, `token_weights`, `teacher`, `domain`, `verification` and `score`; `answer` is the
+        stripped completion where there is none.
 
     Raises:
         ValueError: The file, split, task, format or a column doesn't exist, a value is empty or of the wrong kind, or

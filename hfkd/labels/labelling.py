@@ -22,7 +22,7 @@ from hfkd.labels.filters import Filter, Labelled
 from hfkd.labels.ledger import LEDGER_NAME, Ledger, alone
 from hfkd.labels.parts import make_filters, make_template
 from hfkd.labels.plan import LabelPlan
-from hfkd.labels.templates import Template
+from hfkd.labels.templates import Answer, Template
 from hfkd.masking import shareable
 
 ROWS_NAME, REJECTED_NAME, SUMMARY_NAME = "rows.jsonl", "rejected.jsonl", "summary.json"
@@ -94,10 +94,12 @@ def _apply(key: str, one: Filter, labelled: Sequence[Labelled], asker: Asker) ->
         each.reasons += [(key, fault) for _, fault in pairs if fault]
 
 
-def _chosen(one: Labelled, keep: str) -> list[Any]:
+def _chosen(one: Labelled, keep: str) -> list[Answer]:
     """The first answer, or all with different completions."""
-    different = list({answer.completion: answer for answer in reversed(one.answers)}.values())[::-1]
-    return different[:1] if keep == "first" else different
+    different: dict[str, Answer] = {}
+    for answer in one.answers:
+        different.setdefault(answer.completion, answer)
+    return list(different.values())[: 1 if keep == "first" else None]
 
 
 def _summary(

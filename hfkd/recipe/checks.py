@@ -125,9 +125,7 @@ def _objective(recipe: Recipe) -> Iterator[str]:
 
 
 def term_specs(recipe: Recipe) -> list[dict[str, Any]]:
-    """The terms in the form that `build_objective` takes; beside a reward the reverse KL where none is given."""
-    if recipe.reinforcement is not None and "loss" not in recipe.model_fields_set:
-        return [{"kind": "reverse_kl"}]
+    """The terms in the form that `build_objective` takes."""
     return [{**term.model_dump(exclude_none=True)} for term in recipe.loss.terms]
 
 

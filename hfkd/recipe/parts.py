@@ -42,12 +42,13 @@ def part_faults(recipe: Recipe) -> Iterator[str]:
         faults = list(_argument_faults(key, cls, section.model_extra or {}))
         yield from faults
         if not faults:
-            yield from _beside(recipe, key, cls)
             try:
-                cls(**(section.model_extra or {}))
-            except (ValueError, TypeError) as error:
+                made = cls(**(section.model_extra or {}))
+            except (ValueError, TypeError, OSError) as error:
                 yield f"{key}: {error}"
-    yield from _cached(recipe)
+                continue
+            yield from _beside(recipe, key, made)
+    yield from _together(recipe)
 
 
 def make_sampler(recipe: Recipe) -> ExampleSampler | None:
@@ -107,15 +108,42 @@ def _argument_faults(key: str, cls: type, given: dict[str, Any]) -> Iterator[str
             yield f"{key}.{name}: is required and is not given"
 
 
-def _beside(recipe: Recipe, key: str, cls: type[Part]) -> Iterator[str]:
-    if cls.needs_teacher and recipe.teacher.kind == "none":
+def _beside(recipe: Recipe, key: str, part: Part) -> Iterator[str]:
+    if part.needs_teacher and recipe.teacher.kind == "none":
         yield f"{key}: asks the teacher, and teacher.kind is none; name a teacher, or leave this part out"
 
 
-def _cached(recipe: Recipe) -> Iterator[str]:
-    """A cache knows the texts that it was made of, and no others."""
-    if recipe.teacher.cache is not None and recipe.data.transforms:
+def _together(recipe: Recipe) -> Iterator[str]:
+    """What the parts need of each other, and of the rest."""
+    data = recipe.data
+    if recipe.teacher.cache is not None and data.transforms:
         yield (
             "data.transforms: changes the rows, and teacher.cache holds what the teacher says of those before; train "
             "without teacher.cache"
         )
+    if any(term.kind == "swing" for term in recipe.loss.terms) and not data.revise:
+        yield (
+            "loss.terms: swing hides tokens that are marked as private, and data.revise is empty; add "
+            "{kind: private}, or name the measure itself"
+        )
+    weighs = any(section.kind == "influence" for section in data.transforms)
+    if weighs and data.token_weights is not None and ":" in data.token_weights:
+        yield (
+            "data.token_weights: is a function, which sees nothing of the weights that influence writes; leave one of "
+            "the two out"
+        )
+    if recipe.reinforcement is not None and (data.sampler is not None or data.revise):
+        key = "data.sampler" if data.sampler is not None else "data.revise"
+        yield f"{key}: a rewarded run draws its prompts and writes its texts by itself; leave this out"
+    yield from _kept_alike(recipe)
+
+
+def _kept_alike(recipe: Recipe) -> Iterator[str]:
+    """A weight that goes by the share of rows kept, and the share itself, stand in two places."""
+    shares = [section.model_extra.get("keep") for section in recipe.data.transforms if section.kind == "prune"]
+    for place, term in enumerate(recipe.loss.terms):
+        kept = term.weight.get("kept") if isinstance(term.weight, dict) else None
+        if kept is not None and len(shares) == 1 and kept != shares[0]:
+            yield (
+                f"loss.terms.{place}.weight.kept: got {kept}, and prune keeps {shares[0]}; give both the same share"
+            )

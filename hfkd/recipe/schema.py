@@ -337,6 +337,13 @@ class Recipe(Section):
     hub: HubSection = Field(default_factory=HubSection)
     adapters: dict[Text, AdapterSection] = {}
 
+    @model_validator(mode="after")
+    def _distils_what_is_drawn(self) -> Recipe:
+        """Beside a reward the teacher's term is the reverse KL, unless the recipe names another one."""
+        if self.reinforcement is not None and "loss" not in self.model_fields_set:
+            self.loss = LossSection(terms=[TermSection(kind="reverse_kl")])
+        return self
+
     def resolved(self) -> dict[str, Any]:
         """Every key with its value, defaults included, as plain data that can be written as JSON or YAML."""
         return self.model_dump(mode="json", by_alias=True)

@@ -165,6 +165,8 @@ def resolve_paths(tree: dict[str, Any], folders: Sequence[Path]) -> None:
 def _sources(tree: dict[str, Any]) -> Iterator[dict[str, Any]]:
     data, evaluation = tree.get("data"), tree.get("evaluation")
     sections = [data.get("train"), data.get("demonstrations")] if isinstance(data, dict) else []
+    parts = data.get("transforms") if isinstance(data, dict) else None
+    sections += parts if isinstance(parts, list) else []
     if isinstance(evaluation, dict):
         others = evaluation.get("forgetting")
         sections += [evaluation, *(others if isinstance(others, list) else [])]

@@ -9,6 +9,7 @@ from typing import Any
 from hfkd.errors import NothingToLearn
 from hfkd.recipe.parts import make_transforms
 from hfkd.run.build import Run
+from hfkd.run.evaluation import movable
 from hfkd.run.texts import Rows, fixed_demonstrations, prepare_to_write
 from hfkd.run.training import make_rollout
 from hfkd.transforms.base import Workshop
@@ -37,6 +38,8 @@ def transformed(
         return made, told
     if run.teacher is not None:
         prepare_to_write(run)
+    if movable(run.model):
+        run.model.to(run.config.device)
     workshop = Workshop(
         student=run.model,
         teacher=run.teacher,

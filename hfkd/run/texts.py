@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 from hfkd.data.prompts import PromptBuilder
 from hfkd.data.select import visited
 from hfkd.data.views import DistillationDataset, teacher_prompts
+from hfkd.data.weights import TokenWeights
 from hfkd.errors import NothingToLearn
 from hfkd.examples import PLACEHOLDER
 from hfkd.masking import mask
 from hfkd.objective import Objective
+from hfkd.recipe.parts import make_transforms
 from hfkd.recipe.schema import Recipe
 from hfkd.rollout.answers import teacher_answers
 from hfkd.rollout.hf import HFRollout
@@ -28,6 +30,7 @@ from hfkd.sharding import Launch
 if TYPE_CHECKING:
     from hfkd.teachers import Teacher
 
+WEIGHTS = "token_weights"
 ANSWERS_NAME = "teacher_answers.jsonl"
 
 Rows = list[dict[str, Any]]
@@ -51,10 +54,18 @@ def make_dataset(
         too_long=data.too_long,
         whole_text=data.whole_text,
         seed=data.seed,
-        token_weights=token_weights(data.token_weights),
+        token_weights=_weights(run, rows),
         route=teacher.route if reads else None,
         teacher_builder=other,
     )
+
+
+def _weights(run: Run, rows: Sequence[dict[str, Any]]) -> TokenWeights | None:
+    """How much tokens count: as the recipe says, or else as a transform wrote into these rows."""
+    named = token_weights(run.recipe.data.token_weights)
+    if named is not None or not run.recipe.data.transforms or not rows or "token_weights" not in rows[0]:
+        return named
+    return WEIGHTS if any(WEIGHTS in one.writes for one in make_transforms(run.recipe)) else None
 
 
 def fidelity_texts(run: Run) -> DistillationDataset | None:

@@ -174,10 +174,11 @@ def _inside(trainer: Trainer, module: nn.Module, batch: Batch, found: list[Tenso
     hidden, labels = run_view(module, batch.student, trainer.args.padding_free)
     rows, targets = DenseRows(supervised(hidden, labels), Head.of(module)).detached(), batch.student.targets
     size = trainer.objective.chunk_size or rows_that_fit(rows.vocab_size, targets.device)
-    buffer = rows.hidden.new_empty(min(size, len(rows)), rows.vocab_size, dtype=torch.float32)
-    parts = [targets.new_zeros(0, dtype=torch.float32)]
+    wide = torch.promote_types(rows.hidden.dtype, torch.float32)
+    buffer = rows.hidden.new_empty(min(size, len(rows)), rows.vocab_size, dtype=wide)
+    parts = [buffer.new_zeros(0)]
     for start in range(0, len(rows), size):
-        logits = rows.logits(slice(start, start + size), buffer).float()
+        logits = rows.logits(slice(start, start + size), buffer)
         chosen = logits.gather(-1, targets[start : start + size, None])[:, 0]
         parts.append(chosen - logits.logsumexp(dim=-1))
     found.append(torch.cat(parts))

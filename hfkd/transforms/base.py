@@ -53,9 +53,12 @@ class RowTransform(ABC):
 
     Attributes:
         needs_teacher: Whether a recipe without a teacher is refused.
+        writes: Columns that it gives its rows; `token_weights` among them is read by the training without being asked
+            for.
     """
 
     needs_teacher: bool = False
+    writes: tuple[str, ...] = ()
 
     @abstractmethod
     def apply(self, rows: Sequence[Row], workshop: Workshop) -> list[Row]:

@@ -5,6 +5,7 @@ Knows student and teacher and the rows; how the rows are learned afterwards is t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from numbers import Real
@@ -33,6 +34,8 @@ class ConfounderRows(RowTransform):
     Args:
         share: The quantile, from 0 to below 1. The lowest d_i of a prompt is always marked; at 0 nothing else is.
         cap: The most that d_i may be, above 0 and at most 1.
+        spare: A regular expression; a token in whose text it is found is never taken out: `\\d`, say, where without a
+            number there is another answer. None spares nothing, as the paper does.
         max_length: In tokens, prompt and answer; of longer rows no copy is made.
 
     Raises:
@@ -47,7 +50,9 @@ class ConfounderRows(RowTransform):
 
     needs_teacher = True
 
-    def __init__(self, share: float = 0.05, cap: float = 0.5, max_length: int = 2048) -> None:
+    def __init__(
+        self, share: float = 0.05, cap: float = 0.5, spare: str | None = None, max_length: int = 2048
+    ) -> None:
         if not _is_number(share) or not 0 <= share < 1:
             raise ValueError(f"share is {share!r}; expected a share of a prompt's tokens, from 0 to below 1.")
         if not _is_number(cap) or not 0 < cap <= 1:
@@ -55,6 +60,7 @@ class ConfounderRows(RowTransform):
         if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 2:
             raise ValueError(f"max_length is {max_length!r}; expected a number of tokens, at least 2.")
         self.share, self.cap, self.max_length = float(share), float(cap), max_length
+        self._spared = _compiled(spare)
         self._told: dict[str, Any] = {}
 
     def apply(self, rows: Sequence[Row], workshop: Workshop) -> list[Row]:
@@ -101,7 +107,7 @@ class ConfounderRows(RowTransform):
             return row_figures(len(asked), width, leaning, workshop, "confounders", decided)
 
     def _copies(self, row: Row, asked: AskedRow, leaning: np.ndarray, taken: set[str]) -> list[Row]:
-        marks = confounding(leaning[: len(asked.places)], self.share, self.cap) & asked.removable
+        marks = confounding(leaning[: len(asked.places)], self.share, self.cap) & asked.removable(self._spared)
         texts: dict[str, None] = {}
         for first, end in runs(marks.tolist()):
             span = min(start for start, _ in asked.spans[first:end]), max(stop for _, stop in asked.spans[first:end])
@@ -146,6 +152,13 @@ def _check_whole(models: Sequence[nn.Module]) -> None:
             "confounders: the weights of student or teacher are in shards, and gradients of single rows need them "
             "whole; make the rows on one process, or launch without sharding (recipes/accelerate/ddp.yaml)"
         )
+
+
+def _compiled(spare: str | None) -> re.Pattern[str] | None:
+    try:
+        return None if spare is None else re.compile(spare)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"spare is {spare!r}, which is no regular expression ({error}).") from error
 
 
 def _is_number(value: Any) -> bool:

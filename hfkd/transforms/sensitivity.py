@@ -5,6 +5,7 @@ Knows prompts, models and places of tokens; it doesn't know what is made of the 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -73,10 +74,10 @@ class AskedRow:
     def __len__(self) -> int:
         return len(self.prompt) + len(self.answer)
 
-    @property
-    def removable(self) -> list[bool]:
-        """For each of `places`, whether it is more than white space."""
-        return [bool(self.text[start:end].strip()) for start, end in self.spans]
+    def removable(self, spared: re.Pattern[str] | None = None) -> list[bool]:
+        """For each of `places`, whether it is more than white space, and nothing that is to be spared is found in it."""
+        pieces = [self.text[start:end] for start, end in self.spans]
+        return [bool(piece.strip()) and not (spared and spared.search(piece)) for piece in pieces]
 
 
 def question_of(row: Row) -> str:
