@@ -55,7 +55,7 @@ from hfkd.signal import STATES, TeacherSignal
 from hfkd.states import recording
 from hfkd.student import as_it_was, check_head, make_student, pad_token
 from hfkd.teachers import Teacher, as_teacher, evaluating
-from hfkd.writing import attach_deciders, made_ready, make_writer
+from hfkd.writing import asks_teacher, attach_deciders, made_ready, make_writer
 
 
 class DistillationTrainer(LongRunTrainer):
@@ -131,18 +131,18 @@ class DistillationTrainer(LongRunTrainer):
         has_adapter = peft_config is not None or hasattr(model, "peft_config")
         self.teacher = as_teacher(teacher, has_adapter)
         mixture = Mixture.of(answer)
+        self._asks_teacher = asks_teacher(self.objective, sampler, revisers)
         check_parts(self.objective, self.teacher, mixture, has_adapter)
         if processing_class is None and isinstance(model, str):
             processing_class = load_tokenizer_of(model, args.model_init_kwargs)
         self._prompts = prompts or PromptStyle(question="{prompt}", answer="{completion}", separator="\n", stop=())
         self._view_settings = {
-            **{"args": args, "demonstrations": demonstrations},
-            **{"student_shots": student_shots, "token_weights": token_weights},
-            "teacher": self.teacher if self.objective.needs or mixture.shares.get("teacher") else None,
-            "own_collator": data_collator is not None,
+            **{"args": args, "token_weights": token_weights, "own_collator": data_collator is not None},
+            **{"demonstrations": demonstrations, "student_shots": student_shots},
+            "teacher": self.teacher if self._asks_teacher or mixture.shares.get("teacher") else None,
         }
-        written = mixture.writes and not mixture.shares.get("dataset")
-        train_dataset = self._views(train_dataset, processing_class, placeholder=written)
+        placeholder = mixture.writes and not mixture.shares.get("dataset")
+        train_dataset = self._views(train_dataset, processing_class, placeholder=placeholder)
         eval_dataset = self._views(eval_dataset, processing_class, name="evaluation")
         check_second_view(self.objective, self.teacher, train_dataset, mixture)
         super().__init__(
@@ -181,7 +181,7 @@ class DistillationTrainer(LongRunTrainer):
         self.teacher.prepare(self.accelerator, self.model)
         if self.processing_class is not None:
             self.teacher.check_vocabulary(self.processing_class)
-        if not self.objective.needs:
+        if not self._asks_teacher:
             return
         if self.args.padding_free:
             self.teacher.drop_padding()

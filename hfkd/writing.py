@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase, Trainer
 from hfkd.compatibility import check_room
 from hfkd.data.prompts import PromptStyle
 from hfkd.data.views import DistillationDataset
+from hfkd.objective import Objective
 from hfkd.revision.base import Reviser
 from hfkd.rollout.base import GenerationSettings, Rollout
 from hfkd.rollout.buffer import OffPolicyBuffer
@@ -81,6 +82,12 @@ def make_writer(
         buffer=buffer,
         pad_id=pad_token(tokenizer),
     )
+
+
+def asks_teacher(objective: Objective, sampler: ExampleSampler | None, revisers: Sequence[Reviser]) -> bool:
+    """Whether anything of a training asks the teacher what it says of the texts."""
+    deciders = [*revisers, *([] if sampler is None else [sampler])]
+    return bool(objective.needs) or any(one.needs_teacher for one in deciders)
 
 
 def attach_deciders(trainer: Trainer, sampler: ExampleSampler | None, revisers: Sequence[Reviser]) -> None:

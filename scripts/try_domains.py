@@ -127,23 +127,25 @@ def train(
     train_rows, held_out = rows
     sampler = None if arm is None else DomainSampler(**arm)
     more = {"steps": steps, "seed": seed, "sampler": sampler}
-    teacher = LocalTeacher(models["teacher"])
-    trainer = make_trainer(models["student"](), teacher, train_rows, folder / "runs", models["tokenizer"], **more)
+    teacher = LocalTeacher(models["fixed"])
+    trainer = make_trainer(
+        models["student before"](), teacher, train_rows, folder / "runs", models["tokenizer"], **more
+    )
     began = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - began
     log = [entry for entry in trainer.state.log_history if f"domains/{MASTERED}/share" in entry]
     model = trainer.model.merge_and_unload()
-    tasks = measured(model, models["teacher"], models["tokenizer"], held_out, folder)
-    drawn = {} if sampler is None else {"drawn": drawn_by(sampler, train_rows, 8 * steps)}
+    tasks = measured(model, models["fixed"], models["tokenizer"], held_out, folder)
+    drawn = {} if sampler is None else {"drawn": drawn_by(sampler, 8 * steps)}
     return {"tasks": tasks, "seconds": seconds, "log": log, **drawn}
 
 
-def drawn_by(sampler: Any, rows: Sequence[dict], draws: int) -> dict[str, float]:
+def drawn_by(sampler: Any, draws: int) -> dict[str, float]:
     """The share of each task in what was learned: a sampler that was trained with draws its last epoch again."""
     if draws > len(sampler):
         raise ValueError(f"{draws} draws are more than the {len(sampler)} of an epoch; take fewer steps")
-    counts = Counter(rows[index]["domain"] for index in list(sampler.order(0))[:draws])
+    counts = Counter(sampler.dataset.row(index)["domain"] for index in list(sampler.order(0))[:draws])
     return {task: counts[task] / draws for task in TASKS}
 
 
@@ -174,8 +176,7 @@ def do_arm(arm: str, settings: dict[str, Any], models: Mapping[str, Any], rows: 
     if arm in ARMS:
         result = train(ARMS[arm], settings["seed"], settings["steps"], models, rows, folder)
     else:
-        model = models["teacher"] if arm == "teacher" else models["student"]()
-        tasks = measured(model, models["teacher"], models["tokenizer"], rows[1], folder)
+        tasks = measured(models[arm](), models["fixed"], models["tokenizer"], rows[1], folder)
         result = {"tasks": tasks}
     write_json(path, {"settings": wanted, "result": result})
     return result
@@ -240,11 +241,11 @@ def main(
     rows, tokenizer = read_tasks(), load_tokenizer_of(model)
     mastered = [row for row in rows[0] if row["domain"] == MASTERED]
     common = (model, output, tokenizer)
-    models = {
-        "teacher": fine_tuned("teacher", rows[0], TEACHER_STEPS, *common),
-        "student": lambda: fine_tuned("student", mastered, STUDENT_STEPS, *common),  # each run begins with its own
-        "tokenizer": tokenizer,
+    makers = {  # each run begins with a model of its own
+        "teacher": lambda: fine_tuned("teacher", rows[0], TEACHER_STEPS, *common),
+        "student before": lambda: fine_tuned("student", mastered, STUDENT_STEPS, *common),
     }
+    models = {**makers, "tokenizer": tokenizer, "fixed": makers["teacher"]()}
     arms = {"teacher": 1, "student before": 1, **dict.fromkeys(only or ARMS, seeds)}
     results = {
         arm: [

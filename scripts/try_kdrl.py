@@ -1,8 +1,8 @@
 """Does a teacher help a student that learns from a reward, and the other way round?
 
-Sums of two digits from reasoning-gym. The teacher is the student's own model behind 8 examples. The reward alone, the
-teacher alone and both, on equally many answers of the student's own. What is finished isn't run again. It trains and
-measures through the package and knows nothing of how reward and teacher are joined.
+Sums of two digits from reasoning-gym. The teacher is the student's own model behind 8 examples, the student reads none
+or one. The reward alone, the teacher alone and both, on equally many answers of the student's own. What is finished
+isn't run again. It trains and measures through the package and knows nothing of how reward and teacher are joined.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ import typer
 
 TASK = "chain_sum"
 OPTIONS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
-ROWS, DEMONSTRATIONS, HELD_OUT = 200, 8, 48
+ROWS, DEMONSTRATIONS, HELD_OUT = 160, 8, 48
 ANSWERS, TO_EACH, TOKENS = 16, 4, 6
-RATE = 3e-4
+RATE = 5e-4
+SHOTS = (0, 1)
 
 ARMS: dict[str, dict[str, Any]] = {
     "GRPO alone": {"distillation_weight": 0.0},
@@ -34,24 +35,26 @@ def read_rows() -> tuple[list[dict], list[dict], list[dict]]:
     """Demonstrations, held-out items and training rows; no question is in two of them."""
     from hfkd.data.load import Source, load_rows
 
-    rows = load_rows(Source(f"reasoning_gym:{TASK}", size=ROWS, options=OPTIONS))
+    rows = list(load_rows(Source(f"reasoning_gym:{TASK}", size=ROWS, options=OPTIONS)))
     items = DEMONSTRATIONS + HELD_OUT
     return rows[:DEMONSTRATIONS], rows[DEMONSTRATIONS:items], rows[items:]
 
 
-def ask(model: Any, tokenizer: Any, items: Sequence[dict], shown: Sequence[dict]) -> dict[str, Any]:
-    """Accuracy behind some examples, and how often the answer comes that comes most often."""
+def ask(model: Any, tokenizer: Any, items: Sequence[dict], shown: Sequence[dict], shots: Sequence[int]) -> dict:
+    """By number of examples: accuracy, and how often the answer comes that comes most often."""
     from hfkd.data.prompts import PromptBuilder
     from hfkd.eval.k_shot import evaluate_k_shot
 
     builder = PromptBuilder(tokenizer, style())
-    report = evaluate_k_shot(model, tokenizer, items, shown, builder, shots=[len(shown)], max_new_tokens=TOKENS)
-    result = report.results[len(shown)]
+    report = evaluate_k_shot(model, tokenizer, items, shown, builder, shots=shots, max_new_tokens=TOKENS)
     return {
-        "accuracy": result.accuracy,
-        "error": result.standard_error,
-        "most_given": result.top_answer_share,
-        "most_frequent": result.most_frequent_share,
+        str(count): {
+            "accuracy": result.accuracy,
+            "error": result.standard_error,
+            "most_given": result.top_answer_share,
+            "most_frequent": result.most_frequent_share,
+        }
+        for count, result in report.results.items()
     }
 
 
@@ -86,48 +89,61 @@ def train(arm: Mapping[str, Any], seed: int, steps: int, model: str, rows: tuple
         train_dataset=train_rows,
         processing_class=tokenizer,
         prompts=style(),
-        demonstrations=shown if arm["distillation_weight"] else (),
+        demonstrations=shown,
+        student_shots=SHOTS,
     )
     began = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - began
     rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
     terms = [entry["distillation/loss"] for entry in trainer.state.log_history if "distillation/loss" in entry]
-    return {"seconds": seconds, "rewards": rewards, "terms": terms, **ask(trainer.model, tokenizer, items, ())}
+    return {
+        "seconds": seconds,
+        "rewards": rewards,
+        "terms": terms,
+        "shots": ask(trainer.model, *(tokenizer, items, shown, SHOTS)),
+    }
 
 
 def before(model: str, rows: tuple) -> dict[str, Any]:
-    """What the model answers untrained, and as the teacher."""
+    """What the model answers untrained; behind all examples it is the teacher."""
     from hfkd.loading import load_causal_lm, load_tokenizer_of
 
     shown, items, _ = rows
     loaded, tokenizer = load_causal_lm(model), load_tokenizer_of(model, {})
-    return {"student": ask(loaded, tokenizer, items, ()), "teacher": ask(loaded, tokenizer, items, shown)}
+    return {"shots": ask(loaded, tokenizer, items, shown, (*SHOTS, DEMONSTRATIONS))}
 
 
 def row(name: str, runs: Sequence[Mapping[str, Any]]) -> str:
-    """A line of the table: every run's accuracy, then means over the runs."""
-    accuracies = ", ".join(f"{100 * run['accuracy']:.1f} ± {100 * run['error']:.1f}" for run in runs)
-    mean = 100 * statistics.fmean(run["accuracy"] for run in runs)
-    given = 100 * statistics.fmean(run["most_given"] for run in runs)
-    rewards = [statistics.fmean(run["rewards"][-5:]) for run in runs if run.get("rewards")]
-    reward = f"{statistics.fmean(rewards):.3f}" if rewards else ""
-    spent = f"{statistics.fmean(run['seconds'] for run in runs):.0f} s" if rewards else ""
-    return f"| {name} | {accuracies} | {mean:.1f} | {given:.1f} | {reward} | {spent} |"
+    """A line of the table: every run's accuracies, then means over the runs."""
+    cells = []
+    for count in map(str, SHOTS):
+        asked = [run["shots"][count] for run in runs]
+        each = ", ".join(f"{100 * one['accuracy']:.1f} ± {100 * one['error']:.1f}" for one in asked)
+        given = 100 * statistics.fmean(one["most_given"] for one in asked)
+        cells += [each, f"{100 * statistics.fmean(one['accuracy'] for one in asked):.1f}", f"{given:.1f}"]
+    rewards = [statistics.fmean(run["rewards"][-5:]) for run in runs if "rewards" in run]
+    cells += (
+        [f"{statistics.fmean(rewards):.3f}", f"{statistics.fmean(run['seconds'] for run in runs):.0f} s"]
+        if rewards
+        else ["", ""]
+    )
+    return f"| {' | '.join([name, *cells])} |"
 
 
 def table(found: Mapping[str, Any], seeds: int, steps: int) -> str:
     """All arms whose runs are there."""
-    known = found["before"]
-    always = 100 * known["student"]["most_frequent"]
+    known = found["before"]["shots"]
+    teacher = known[str(DEMONSTRATIONS)]
+    columns = [f"{count} examples: each seed, % ± standard error | mean | most given answer" for count in SHOTS]
     lines = [
-        f"{HELD_OUT} held-out questions, 0 examples, greedy; {steps} steps of {ANSWERS} answers, {TO_EACH} to each "
-        f"question; always giving the most frequent answer scores {always:.1f} %.",
+        f"{HELD_OUT} held-out questions, greedy; {steps} steps of {ANSWERS} answers, {TO_EACH} to each question. "
+        f"With {DEMONSTRATIONS} examples the teacher scores {100 * teacher['accuracy']:.1f} ± "
+        f"{100 * teacher['error']:.1f} %; always giving the most frequent answer, {100 * teacher['most_frequent']:.1f} %.",
         "",
-        "| | accuracy of each seed, % ± standard error | mean | most given answer, % | reward, last 5 steps | time |",
-        "|---|---|---|---|---|---|",
-        row("untrained", [known["student"]]),
-        row(f"untrained, behind {DEMONSTRATIONS} examples (the teacher)", [known["teacher"]]),
+        f"| | {' | '.join(columns)} | reward, last 5 steps | time |",
+        "|" + "---|" * (3 + 3 * len(SHOTS)),
+        row("untrained", [found["before"]]),
     ]
     for name in ARMS:
         runs = [found[key] for seed in range(seeds) if (key := f"{name}/{steps}/{seed}") in found]
@@ -140,7 +156,7 @@ def main(
         str, typer.Option(help="The student: a hub id or folder.")
     ] = "HuggingFaceTB/SmolLM2-135M-Instruct",
     output: Annotated[Path, typer.Option(help="Where results.json is kept.")] = Path("outputs/try_kdrl"),
-    steps: Annotated[int, typer.Option(help="Optimizer steps of each run.")] = 20,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of each run.")] = 16,
     seeds: Annotated[int, typer.Option(help="Runs of each arm.")] = 2,
     minutes: Annotated[float, typer.Option(help="Begin no run after so many minutes.")] = math.inf,
 ) -> None:

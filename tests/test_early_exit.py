@@ -127,12 +127,27 @@ def test_a_fit_that_makes_it_worse_is_undone(deep, monkeypatch, caplog):
     torch.testing.assert_close(logits_of(teacher, batch), by_hand(deep, batch, 2))
 
 
-def test_a_trained_norm_without_texts_is_refused(deep):
+def test_a_trained_norm_without_texts_is_refused(deep, tmp_path):
     """Prevents a norm that is called trained and is the last layer's."""
     teacher = ready(deep, norm="trained")
     teacher.meet(dataset(), training=False)  # held-out texts are not to be fitted
     with pytest.raises(RuntimeError, match="has met no texts"):
-        teacher.signal(batch_of(dataset()), frozenset({DISTRIBUTION}))
+        teacher.check_heads(lambda one: None)
+    collator = DistillationCollator(2)
+    texts = [dataset()[number] for number in range(16)]
+    teacher = EarlyExitTeacher(1, "trained", weights="live")
+    trainer = make_trainer(tmp_path, teacher=teacher, peft_config=lora(), rows=texts, data_collator=collator)
+    with pytest.raises(RuntimeError, match="With a collator of your own take norm='final'"):
+        trainer.train()
+
+
+def test_a_model_in_half_precision_is_fitted_in_float32():
+    """Prevents a fit whose steps are lost in the rounding, or an exit in another type than its head."""
+    model = make_model(seed=0, num_hidden_layers=LAYERS).to(torch.bfloat16)
+    teacher = ready(model, layer=2, norm="trained", fit_steps=3)
+    teacher.meet(dataset())
+    assert teacher.state_dict()["norm.weight"].dtype == torch.float32
+    assert teacher.signal(batch_of(dataset()), frozenset({DISTRIBUTION})).rows.hidden.dtype == torch.bfloat16
 
 
 def test_fitting_twice_gives_the_same(deep):

@@ -161,7 +161,7 @@ def test_a_resumed_run_reads_what_was_found(builder, tmp_path: Path, monkeypatch
     assert not taken
     other = InfluenceWeights().apply(ROWS[:4], workshop(builder, adapted(seed=3), folder=tmp_path))
     assert len(taken) == 4 + len(CLEAN) and other != first
-    (tmp_path / "influence.safetensors").write_bytes(b"half a file")
+    (tmp_path / "transforms" / "influence.safetensors").write_bytes(b"half a file")
     assert InfluenceWeights().apply(ROWS[:4], workshop(builder, adapted(), folder=tmp_path)) == first
 
 

@@ -41,7 +41,8 @@ def make_dataset(
 ) -> DistillationDataset:
     """Both views of each row, as the recipe says."""
     data = run.recipe.data
-    reads = teacher is not None and (bool(objective.needs) or "teacher" in data.shares)
+    decides = data.sampler is not None or bool(data.revise)
+    reads = teacher is not None and (bool(objective.needs) or "teacher" in data.shares or decides)
     other = PromptBuilder(teacher.tokenizer, run.style) if reads and teacher.other_vocabulary else None
     return DistillationDataset(
         rows,

@@ -122,7 +122,7 @@ class EarlyExitTeacher(SelfTeacher):
         super().prepare(accelerator, student)
         self._last, self._fitted = final_norm(self._model), False
         if self.norm == "trained":
-            self._trained = copy.deepcopy(self._last).requires_grad_(False).float()
+            self._trained = _wide_copy(self._last)
 
     def meet(self, dataset: DistillationDataset, training: bool = True) -> None:
         """Fit the norm to the training texts, once."""
@@ -136,25 +136,18 @@ class EarlyExitTeacher(SelfTeacher):
             *(self.layer, after, before),
         )
 
-    def signal(self, batch: Batch, needs: frozenset[str]) -> Any:
-        """What `ModelTeacher` gives, of the lower layer.
-
-        Raises:
-            RuntimeError: The norm is to be trained, and has met no texts.
-        """
-        if self.norm == "trained" and not self._fitted:
-            raise RuntimeError(
-                "The early exit's norm is to be trained, and has met no texts: call `meet` with a DistillationDataset "
-                "(the trainer does). With a collator of your own take norm='final'."
-            )
-        return super().signal(batch, needs)
-
     def check_heads(self, check: Callable[[PreTrainedModel], None]) -> None:
         """Hold the norm that was found against what the model itself does between its last block and its head.
 
         Raises:
+            RuntimeError: The norm is to be trained, and has met no texts.
             StateError: The model does something else there.
         """
+        if self._trained is not None and not self._fitted:
+            raise RuntimeError(
+                "The early exit's norm is to be trained, and has met no texts: call `meet` with a DistillationDataset "
+                "(the trainer does). With a collator of your own take norm='final'."
+            )
         with self.weights() as model, _watching(block_list(model)[-1]) as block, _watching(self._last) as norm:
             with _watching(base_model_of(model).base_model) as decoder:
                 super().check_heads(check)
@@ -315,6 +308,14 @@ def final_norm(model: nn.Module) -> nn.Module:
             "head; expected exactly one, to read a lower layer with. Take another teacher."
         )
     return found[0][1]
+
+
+def _wide_copy(norm: nn.Module) -> nn.Module:
+    """A copy in float32 that doesn't learn yet."""
+    copied = copy.deepcopy(norm)
+    for name, parameter in list(copied.named_parameters(recurse=False)):
+        setattr(copied, name, nn.Parameter(parameter.detach().float(), requires_grad=False))
+    return copied
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from hfkd.distributed import total_over_processes
 from hfkd.files import write_whole
 from hfkd.transforms.base import Workshop
 
+_FOLDER = "transforms"  # beside the weights of a run, where nothing takes these files for weights
 _SAMPLES = 64
 
 
@@ -44,7 +45,7 @@ def row_figures(
         count: Rows.
         width: The most numbers that a row has.
         find: Of the number of a row; fewer than `width` are filled up with 0.
-        workshop: Its folder keeps the numbers, as `<name>.safetensors`.
+        workshop: Its folder keeps the numbers, as `transforms/<name>.safetensors`.
         name: Of the file.
         decided_by: Plain data that decides the numbers.
 
@@ -55,7 +56,7 @@ def row_figures(
         ValueError: A number isn't finite.
     """
     state = PartialState()
-    path = None if workshop.folder is None else Path(workshop.folder) / f"{name}.safetensors"
+    path = None if workshop.folder is None else Path(workshop.folder) / _FOLDER / f"{name}.safetensors"
     digest = hashlib.sha256(json.dumps(decided_by, sort_keys=True, default=str).encode()).hexdigest()
     kept = _read(path, digest, (count, width)) if state.is_main_process and path is not None else None
     if float(total_over_processes(float(kept is not None), state.device)):

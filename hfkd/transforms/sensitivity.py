@@ -75,7 +75,7 @@ class AskedRow:
         return len(self.prompt) + len(self.answer)
 
     def removable(self, spared: re.Pattern[str] | None = None) -> list[bool]:
-        """For each of `places`, whether it is more than white space, and nothing that is to be spared is found in it."""
+        """For each of `places`, whether it is more than white space and holds nothing that is spared."""
         pieces = [self.text[start:end] for start, end in self.spans]
         return [bool(piece.strip()) and not (spared and spared.search(piece)) for piece in pieces]
 
