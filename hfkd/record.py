@@ -371,9 +371,10 @@ def check_same_cache(folder: str | Path, teacher: Mapping[str, Any]) -> None:
 
 def clear_output_folder(folder: str | Path) -> None:
     """Remove what a run left in its folder: checkpoints, records, batches of a step that failed, the baseline, the
-    teacher's answers and weights; other files stay.
+    teacher's answers, what transforms found, and weights; other files stay.
     """
-    leftovers = [Path(folder) / UNFINISHED, Path(folder) / GOLD_BASELINE, *Path(folder).glob(f"{BATCHES}*")]
+    folders = (UNFINISHED, GOLD_BASELINE, "transforms")
+    leftovers = [*(Path(folder) / name for name in folders), *Path(folder).glob(f"{BATCHES}*")]
     for path in [*checkpoints(folder), *leftovers]:
         shutil.rmtree(path, ignore_errors=not path.exists())
     for pattern in (*_RUN_FILES, *_WEIGHT_FILES):

@@ -138,8 +138,8 @@ def table(found: Mapping[str, Any], seeds: int, steps: int) -> str:
     columns = [f"{count} examples: each seed, % ± standard error | mean | most given answer" for count in SHOTS]
     lines = [
         f"{HELD_OUT} held-out questions, greedy; {steps} steps of {ANSWERS} answers, {TO_EACH} to each question. "
-        f"With {DEMONSTRATIONS} examples the teacher scores {100 * teacher['accuracy']:.1f} ± "
-        f"{100 * teacher['error']:.1f} %; always giving the most frequent answer, {100 * teacher['most_frequent']:.1f} %.",
+        f"The teacher scores {100 * teacher['accuracy']:.1f} ± {100 * teacher['error']:.1f} %; always giving the most "
+        f"frequent answer, {100 * teacher['most_frequent']:.1f} %.",
         "",
         f"| | {' | '.join(columns)} | reward, last 5 steps | time |",
         "|" + "---|" * (3 + 3 * len(SHOTS)),

@@ -140,7 +140,8 @@ def train(
     kept = [entry["selection/kept"] for entry in log if "selection/kept" in entry]
     answers = ask(trainer.model, trainer.processing_class, rows["held_out"])
     divergence = trainer.evaluate()["eval_loss"]
-    by_step = {name: [entry[name] for entry in log if name in entry] for name in log[-2] if "selection" in name}
+    names = sorted({name for entry in log for name in entry if name.startswith("selection/")})
+    by_step = {name: [entry.get(name) for entry in log if "loss" in entry] for name in names}
     share_kept = sum(kept) / len(kept) if kept else 1.0
     return {**answers, "forward_kl": divergence, "kept": share_kept, "seconds": seconds, "log": by_step}
 

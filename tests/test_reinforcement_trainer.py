@@ -12,10 +12,11 @@ from rewarding import SETTINGS, learned, logged, make_rewarded, odd, student, tr
 from training import DEMONSTRATIONS, ROWS
 from trl import GRPOConfig, GRPOTrainer
 
-from hfkd import LocalTeacher, PromptStyle, SelfTeacher
-from hfkd.errors import VerifierError
+from hfkd import PromptStyle
+from hfkd.errors import HeadError, VerifierError
 from hfkd.reinforcement import KDRLConfig, KDRLTrainer
 from hfkd.reinforcement.asking import stop_ids
+from hfkd.teachers import EmaTeacher, LocalTeacher, MixtureTeacher, RoutedTeacher, SelfTeacher
 
 TOLD = {"demonstrations": DEMONSTRATIONS, "prompts": PromptStyle()}
 
@@ -169,6 +170,28 @@ def test_only_wrong_answers_are_distilled(tmp_path):
         assert share == pytest.approx(1 - reward) and 0 < share < 1
 
 
+def kinds() -> dict[str, Any]:
+    """Teachers that put their rows together in ways of their own."""
+    several = {"a": LocalTeacher(make_model(seed=1)), "b": LocalTeacher(make_model(seed=2))}
+    return {
+        "ema": EmaTeacher(decay=0.5),
+        "mixture": MixtureTeacher(several),
+        "routed": RoutedTeacher(several),
+        "live": SelfTeacher("live"),
+        "larger vocabulary": LocalTeacher(make_model(seed=1, vocab_size=400)),
+    }
+
+
+@pytest.mark.parametrize("kind", list(kinds()))
+def test_any_kind_of_teacher_speaks_of_drawn_answers(tmp_path, kind):
+    """A kind that gives its rows in another form would fail in the first step, hours after the run was asked for."""
+    rows = [{**row, "teacher": "ab"[place % 2]} for place, row in enumerate(ROWS[:16])]
+    options = {"teacher": kinds()[kind], "reward_weight": 0.0, "distillation_weight": 1.0}
+    trainer = make_rewarded(tmp_path, train_dataset=rows, **options, **TOLD)
+    trained(trainer)
+    assert all(0.01 < value < 100 for value in logged(trainer, "distillation/loss"))
+
+
 def test_weights_follow_their_schedules(tmp_path):
     """A switch that comes a step late, or never, is another method under the same name."""
     switch = {"schedule": "step", "start": 1.0, "end": 0.0, "end_step": 1}
@@ -232,6 +255,15 @@ def test_ends_that_the_teacher_doesnt_know_arent_distilled(tmp_path):
     assert trainer._foreign.tolist() == [2]
     ended = 1 - logged(trainer, "completions/clipped_ratio")[0]
     assert ended > 0 and logged(trainer, "distillation/share")[0] < 1
+
+
+def test_a_teacher_whose_head_is_read_wrongly_is_refused(tmp_path):
+    """Log-probabilities that aren't the teacher's look like any others in the log."""
+    teacher = make_model(seed=1)
+    plain = teacher.lm_head.forward
+    teacher.lm_head.forward = lambda states: 2 * plain(states)
+    with pytest.raises(HeadError, match="differ from the model's own"):
+        make_rewarded(tmp_path, teacher=teacher).train()
 
 
 def test_a_run_goes_on_exactly(tmp_path):

@@ -124,6 +124,10 @@ class Endpoint:
             raise self._fault(error) from None
         return self._read(reply)
 
+    def close(self) -> None:
+        """Close its connections."""
+        self._client.close()
+
     def _read(self, reply: Any) -> Reply:
         """The text of a reply.
 

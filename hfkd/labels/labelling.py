@@ -9,6 +9,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def label_rows(plan: LabelPlan, say: Callable[[str], None] = lambda line: None) 
     folder = Path(plan.output_dir)
     try_folder(folder)
     rows = list(load_rows(Source(**plan.data.model_dump()), require_completion=False))
-    with alone(folder):
+    with closing(endpoint), alone(folder):
         started = time.monotonic()
         asker = Asker(endpoint, Ledger(folder / LEDGER_NAME), plan.endpoint, plan.generation, say=say)
         labelled = _ask(rows, template, asker, plan.samples)

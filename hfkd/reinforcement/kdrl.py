@@ -38,6 +38,7 @@ from hfkd.rollout.on_policy import Mixture
 from hfkd.rows import DenseRows, Head, RowLayout, head_size, position_count
 from hfkd.schedules import Schedule, all_values
 from hfkd.signal import STATES, TeacherSignal
+from hfkd.student import check_head
 from hfkd.teachers import Teacher, as_teacher, evaluating
 from hfkd.zero import zero_stage
 
@@ -93,6 +94,7 @@ class KDRLTrainer(LongRunTrainer, GRPOTrainer):
     revisers: tuple = ()
     _said: _Said | None = None
     _rewards: Tensor | None = None
+    _heads_checked = False
 
     def __init__(
         self,
@@ -129,7 +131,8 @@ class KDRLTrainer(LongRunTrainer, GRPOTrainer):
             teacher=self.teacher,
             placeholder=True,
         )
-        check_room(self.views, GenerationSettings(max_new_tokens=args.max_completion_length), _positions(model))
+        self._room = GenerationSettings(max_new_tokens=args.max_completion_length)
+        check_room(self.views, self._room, {"student": position_count(model)})
         stops = stop_ids(processing_class, self.views.builder.style.stop)
         if stops and args.use_vllm:
             args.generation_kwargs = {**(args.generation_kwargs or {}), "stop_token_ids": stops}
@@ -189,6 +192,9 @@ class KDRLTrainer(LongRunTrainer, GRPOTrainer):
             )
         self.teacher.prepare(self.accelerator, self.model)
         self.teacher.check_vocabulary(self.processing_class)
+        if self.teacher.writes:
+            with self.teacher.weights() as theirs:
+                check_room(self.views, self._room, {"teacher": position_count(theirs)})
         self.teacher.meet(self.views)
         self.teacher.share_prefix(self.views.shared_prefix)
         return none.new_tensor(foreign_ends(self.teacher, self.processing_class, self.eos_token_ids))
@@ -323,6 +329,10 @@ class KDRLTrainer(LongRunTrainer, GRPOTrainer):
         module, found = self.accelerator.unwrap_model(model), []
 
         def inside(*_: Any) -> Tensor:
+            if not self._heads_checked:
+                self._heads_checked = True
+                check_head(module, batch.student)
+                self.teacher.check_heads(lambda theirs: check_head(theirs, batch.teacher_view))
             found.append(self.teacher.signal(batch, self.objective.needs))
             return torch.zeros((), device=self.args.device)
 
@@ -368,8 +378,3 @@ def _objective(spec: Any, args: KDRLConfig) -> Objective:
     if STATES in objective.needs:
         raise ValueError("The objective reads hidden states, which aren't kept here; take losses on distributions.")
     return objective
-
-
-def _positions(model: nn.Module) -> dict[str, int | None]:
-    """How many positions the student has, for the check that prompts and answers fit."""
-    return {"student": position_count(model)}
