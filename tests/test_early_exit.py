@@ -187,6 +187,15 @@ def test_a_checkpoint_of_another_norm_is_refused(deep):
         ready(deep).load_state_dict(trained.state_dict())
 
 
+def test_a_fit_draws_nothing_that_a_run_draws(deep):
+    """Prevents a training whose dropout depends on whether its teacher was fitted."""
+    before, modes = torch.get_rng_state(), [module.training for module in deep.modules()]
+    teacher = ready(deep, layer=2, norm="trained", fit_steps=3)
+    teacher.meet(dataset())
+    assert torch.equal(before, torch.get_rng_state())
+    assert modes == [module.training for module in deep.modules()]
+
+
 @pytest.mark.parametrize("weights", ["live", "adapter_off", "frozen_copy"])
 def test_a_run_learns_from_it_without_a_second_prompt(tmp_path, weights):
     """Prevents an early exit that is refused on the student's own prompt like a self-teacher, or teaches nothing; the

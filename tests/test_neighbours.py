@@ -10,10 +10,10 @@ from itertools import pairwise
 import pytest
 import torch
 from conftest import make_model
-from training import make_trainer, run
+from training import make_trainer, run, trained_weights
 
 from hfkd.losses import EmbeddingNeighbours
-from hfkd.objective import build_objective
+from hfkd.objective import Objective, build_objective
 from hfkd.rows import DenseRows, Head
 from hfkd.support import TokenChunk
 from hfkd.terms import Term
@@ -217,3 +217,15 @@ def test_nearer_neighbours_get_more():
     _, mass = shown(neighbours=6, spread=0.5, cap=0.9).target(torch.arange(IDS), IDS)
     assert all((first >= second).all() for first, second in pairwise(mass[:, 1:].T))
     assert (mass[:, 1] > mass[:, 6]).all()
+
+
+def test_showing_the_head_changes_nothing_for_other_losses(tmp_path, monkeypatch):
+    """Prevents a hook that other losses feel: with and without it two steps end at the same weights, bit for bit."""
+    found = []
+    for folder in ("shown", "hidden"):
+        trainer = make_trainer(tmp_path / folder)
+        trainer.train()
+        found.append(trained_weights(trainer))
+        monkeypatch.setattr(Objective, "prepare", lambda self, student, teacher=None: None)
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())

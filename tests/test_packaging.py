@@ -74,7 +74,7 @@ def test_the_model_package_is_not_a_dependency():
 
 def test_extras_are_there():
     """The README and error messages name these extras; pip only warns about one that doesn't exist."""
-    assert {"quickstart", "gym", "eval", "vllm", "dev"} <= set(PROJECT["project"]["optional-dependencies"])
+    assert {"quickstart", "gym", "eval", "label", "vllm", "dev"} <= set(PROJECT["project"]["optional-dependencies"])
 
 
 def test_version_is_said_once():

@@ -14,6 +14,7 @@ from hfkd.cli.card import card
 from hfkd.cli.check import check
 from hfkd.cli.compare import compare
 from hfkd.cli.evaluate import evaluate
+from hfkd.cli.label import label
 from hfkd.cli.push import push
 from hfkd.cli.reason import reason
 from hfkd.cli.train import train
@@ -47,5 +48,5 @@ def root(
     """Knowledge distillation of causal language models."""
 
 
-for command in (check, train, cache, evaluate, reason, compare, card, push):
+for command in (check, train, cache, label, evaluate, reason, compare, card, push):
     app.command()(command)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +12,7 @@ from hfkd.labels.templates import LabelTemplate, RationaleTemplate, Template
 from hfkd.named import import_class
 from hfkd.recipe.schema import PartSection
 from hfkd.recipe.source import near, shown
-from hfkd.recipe.values import plain_value
+from hfkd.recipe.values import argument_faults
 
 TEMPLATES: dict[str, type[Template]] = {
     "label": LabelTemplate,
@@ -45,16 +43,8 @@ def _make(key: str, section: PartSection, known: Mapping[str, type], base: type)
             f"{key}.kind: got {shown(kind)}; expected {', '.join(known)}, or package.module:Class{near(kind, known)}"
         )
     cls = known[kind] if kind in known else import_class(kind, f"{key}.kind", base)
-    parameters = {} if cls.__init__ is object.__init__ else inspect.signature(cls).parameters
-    hints = typing.get_type_hints(cls.__init__)
-    for name, value in given.items():
-        if name not in parameters:
-            names = ["kind", *parameters]
-            raise ValueError(f"{key}.{name}: unknown key{near(name, names)} (known here: {', '.join(names)})")
-        try:
-            given[name] = plain_value(hints.get(name), value)
-        except ValueError as error:
-            raise ValueError(f"{key}.{name}: got {shown(value)}; expected {error}") from None
+    if faults := list(argument_faults(key, cls, given)):
+        raise ValueError("; ".join(faults))
     try:
         return cls(**given)
     except (ValueError, TypeError) as error:

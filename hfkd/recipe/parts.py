@@ -7,16 +7,13 @@ they are defined.
 
 from __future__ import annotations
 
-import inspect
-import typing
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from hfkd.named import import_class
 from hfkd.recipe.schema import PartSection, Recipe
 from hfkd.recipe.source import near, shown
 from hfkd.recipe.teachers import OWN_CLASS
-from hfkd.recipe.values import plain_value
+from hfkd.recipe.values import argument_faults
 from hfkd.revision import REVISERS, Reviser
 from hfkd.sampling import SAMPLERS, ExampleSampler
 from hfkd.transforms import TRANSFORMS, RowTransform
@@ -39,7 +36,7 @@ def part_faults(recipe: Recipe) -> Iterator[str]:
             )
             continue
         cls = import_class(known[section.kind], key, base)
-        faults = list(_argument_faults(key, cls, section.model_extra or {}))
+        faults = list(argument_faults(key, cls, section.model_extra or {}))
         yield from faults
         if not faults:
             try:
@@ -88,24 +85,6 @@ def _places(recipe: Recipe) -> Iterator[tuple[str, PartSection, Mapping[str, str
         yield f"data.revise.{number}", section, REVISERS, Reviser
     for number, section in enumerate(data.transforms):
         yield f"data.transforms.{number}", section, TRANSFORMS, RowTransform
-
-
-def _argument_faults(key: str, cls: type, given: dict[str, Any]) -> Iterator[str]:
-    """Unknown names and values of a wrong type; numbers that YAML reads as texts are converted."""
-    parameters = {} if cls.__init__ is object.__init__ else inspect.signature(cls).parameters
-    hints = typing.get_type_hints(cls.__init__)
-    for name, value in given.items():
-        if name not in parameters:
-            known = ["kind", *parameters]
-            yield f"{key}.{name}: unknown key{near(name, known)} (known here: {', '.join(known)})"
-            continue
-        try:
-            given[name] = plain_value(hints.get(name), value)
-        except ValueError as error:
-            yield f"{key}.{name}: got {shown(value)} ({type(value).__name__}); expected {error}"
-    for name, parameter in parameters.items():
-        if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD and name not in given:
-            yield f"{key}.{name}: is required and is not given"
 
 
 def _beside(recipe: Recipe, key: str, part: Part) -> Iterator[str]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import typing
+from collections.abc import Iterator
 from typing import Any
+
+from hfkd.recipe.source import near, shown
 
 
 def plain_value(hint: Any, value: Any) -> Any:
@@ -40,3 +44,27 @@ def _or_refuse(value: Any, fits: bool, expected: str) -> Any:
 def _wanted(kinds: set[Any]) -> str:
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
     return " or ".join(text for kind, text in names.items() if kind in kinds)
+
+
+def argument_faults(key: str, cls: type, given: dict[str, Any]) -> Iterator[str]:
+    """Unknown names, values of a wrong type and missing ones; numbers that YAML reads as texts are converted.
+
+    Args:
+        key: Of the section, for messages.
+        cls: Whose constructor takes them.
+        given: By name; converted in place.
+    """
+    parameters = {} if cls.__init__ is object.__init__ else inspect.signature(cls).parameters
+    hints = typing.get_type_hints(cls.__init__)
+    for name, value in given.items():
+        if name not in parameters:
+            known = ["kind", *parameters]
+            yield f"{key}.{name}: unknown key{near(name, known)} (known here: {', '.join(known)})"
+            continue
+        try:
+            given[name] = plain_value(hints.get(name), value)
+        except ValueError as error:
+            yield f"{key}.{name}: got {shown(value)} ({type(value).__name__}); expected {error}"
+    for name, parameter in parameters.items():
+        if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD and name not in given:
+            yield f"{key}.{name}: is required and is not given"
