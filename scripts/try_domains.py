@@ -186,7 +186,7 @@ def table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Markdown: a row for each arm and task, and one for the mean over the tasks; means over the seeds."""
     lines = [
         "| arm | task | KL(teacher, student), nats a token (seeds) | right of held-out, % ± s.e. (seeds) | most given "
-        "answer, % | drawn, % | training, s |",
+        "answer (most frequent right one), % | drawn, % | training, s |",
         "|---" * 7 + "|",
     ]
     for arm, runs in results.items():
@@ -200,7 +200,7 @@ def table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
                 *(arm, task, _several(divergences, "{:.3f}")),
                 f"{100 * share:.1f} ± {100 * math.sqrt(share * (1 - share) / HELD_OUT):.1f} "
                 f"({', '.join(f'{100 * right:.1f}' for right in rights)})",
-                f"{100 * given:.1f}",
+                f"{100 * given:.1f} ({100 * runs[0]['tasks'][task]['most_frequent']:.1f})",
                 _several([100 * value for value in drawn], "{:.1f}") if drawn else "-",
                 "",
             ]

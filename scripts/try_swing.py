@@ -43,6 +43,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "plain KD": {"terms": ["forward_kl", TEXT]},
     "plain KD, canary not in its texts": {"terms": ["forward_kl", TEXT], "canary": False},
     "swing": {"terms": ["swing", TEXT], "marked": True},
+    "swing, max_temperature 3": {"terms": [{"kind": "swing", "max_temperature": 3.0}, TEXT], "marked": True},
     "swing, student too": {"terms": [{"kind": "swing", "student_too": True}, TEXT], "marked": True},
     "swing, dirichlet noise": {"terms": [{"kind": "swing", "noise": "dirichlet"}, TEXT], "marked": True},
     "private tokens left out": {"terms": ["forward_kl", TEXT], "left_out": True},

@@ -23,6 +23,7 @@ from hfkd import DistillationTrainer, Divergence, Source, StateLoss, Teacher, To
 from hfkd.cli.main import app
 from hfkd.config import DistillationConfig
 from hfkd.data.verify import as_verifier
+from hfkd.labels.plan import load_plan
 from hfkd.losses import LOSSES, STATE_LOSSES
 from hfkd.recipe import expand, load_recipe
 from hfkd.run.build import build
@@ -239,7 +240,9 @@ def test_commands_are_understood(desk, page):
         flags = {flag for option in known[command].params for flag in option.opts}
         assert {word for word in arguments if word.startswith("--")} <= flags, f"{page}: {' '.join(words)}"
         overrides = [word for word in arguments if re.match(r"[a-z_.0-9]+=", word)]
-        if command in ("check", "train", "cache") or arguments[0].endswith((".yaml", ".json")):
+        if command == "label":
+            load_plan(arguments[0], overrides)
+        elif command in ("check", "train", "cache") or arguments[0].endswith((".yaml", ".json")):
             load_recipe(arguments[0], overrides)
 
 

@@ -13,7 +13,8 @@ from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from hfkd.recipe.schema import Number, Options, PartSection, Positive, Section, SourceSection, Text
+from hfkd.recipe.fields import Number, Options, Positive, Text
+from hfkd.recipe.schema import PartSection, Section, SourceSection
 from hfkd.recipe.source import RecipeError, apply_overrides, explain, read_yaml, resolve_paths
 
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")

@@ -46,7 +46,7 @@ def trainer_of(folder: Path, kind: str, sampler: ExampleSampler, batch: int = 2,
         optim="adamw_torch",
         max_steps=7,
         save_strategy="steps",
-        save_steps=1,
+        save_steps=2,
         **more,
     )
 
@@ -64,17 +64,16 @@ def main(folder: Path) -> None:
         straight.train()
         assert whole.epoch == 1 and len(whole.course.state_dict()["places"]) > 2
         assert len({str(found) for found in gather_object([drawn(whole)])}) == 1
-        for step in (4, 6):
-            again_in = folder / f"{kind}-again-{step}"
-            if state.is_main_process:
-                shutil.copytree(folder / kind / f"checkpoint-{step}", again_in / f"checkpoint-{step}")
-            state.wait_for_everyone()
-            again = trainer_of(again_in, kind, resumed := make(), ddp_backend="gloo")
-            again.train(resume_from_checkpoint=True)
-            assert again._initial_global_step == step and resumed.epoch == 1, (kind, step, resumed.epoch)
-            ours, theirs = trained_weights(straight), trained_weights(again)
-            assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == [], (kind, step)
-            assert all(value.equal(resumed.state_dict()[name]) for name, value in whole.state_dict().items())
+        again_in = folder / f"{kind}-again"
+        if state.is_main_process:
+            shutil.copytree(folder / kind / "checkpoint-6", again_in / "checkpoint-6")
+        state.wait_for_everyone()
+        again = trainer_of(again_in, kind, resumed := make(), ddp_backend="gloo")
+        again.train(resume_from_checkpoint=True)
+        assert again._initial_global_step == 6 and resumed.epoch == 1, (kind, resumed.epoch)
+        ours, theirs = trained_weights(straight), trained_weights(again)
+        assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == [], kind
+        assert all(value.equal(resumed.state_dict()[name]) for name, value in whole.state_dict().items())
         if state.is_main_process:
             torch.save((trained_weights(straight), drawn(whole)), folder / f"{kind}.pt")
 
