@@ -33,6 +33,7 @@ from hfkd.teachers import Teacher
 OBJECTIVE_FILE = "objective.safetensors"
 TEACHER_FILE = "teacher.safetensors"
 TEXTS_FILE = "texts.{process}.safetensors"
+BESIDE = "decides_"  # what decides what is learned: by its place and its class
 MANIFEST = "hfkd_checkpoint.json"
 FORMAT = 1
 _STATE = "trainer_state.json"  # the last file that Trainer writes
@@ -111,6 +112,12 @@ def load_companions(
                 f"with{texts}, or start anew."
             )
         owner.load_state_dict(load_file(file))
+    known = {f"{name}.safetensors" for name in beside or {}}
+    if strangers := {path.name for path in Path(folder).glob(f"{BESIDE}*.safetensors")} - known:
+        raise CheckpointError(
+            f"{folder} has {', '.join(sorted(strangers))}, and this training has no such part. Resume with the "
+            "sampler and the revisers that the checkpoint was made with, or start anew."
+        )
 
 
 def _owners(

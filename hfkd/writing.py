@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer
 
+from hfkd.checkpoint import BESIDE
 from hfkd.compatibility import check_room
 from hfkd.data.prompts import PromptStyle
 from hfkd.data.views import DistillationDataset
@@ -118,8 +119,10 @@ def attach_deciders(trainer: Trainer, sampler: ExampleSampler | None, revisers: 
 
 def deciders(trainer: Trainer) -> dict[str, Any]:
     """What decides what is learned and may have a state, by the name of its file in a checkpoint."""
-    named = {f"reviser_{place}": reviser for place, reviser in enumerate(trainer.revisers)}
-    return named if trainer.sampler is None else {"sampler": trainer.sampler, **named}
+    parts = {f"reviser_{place}": reviser for place, reviser in enumerate(trainer.revisers)}
+    if trainer.sampler is not None:
+        parts["sampler"] = trainer.sampler
+    return {f"{BESIDE}{name}_{type(part).__name__}": part for name, part in parts.items()}
 
 
 def made_ready(trainer: Trainer, batches: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

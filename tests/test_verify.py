@@ -74,3 +74,11 @@ def test_unknown_names() -> None:
     """The known ones are listed."""
     with pytest.raises(ValueError, match="exact, contains, reasoning_gym"):
         as_verifier("exakt")
+
+
+@pytest.mark.parametrize("task", ["arc_agi", "rearc"])
+def test_a_checker_that_cannot_read_what_is_kept_says_so(task: str) -> None:
+    """Written as JSON, tuples become lists, and these two checkers then give right answers next to nothing."""
+    row = next(iter(load_rows(Source(f"reasoning_gym:{task}", size=1))))
+    with pytest.raises(VerifierError, match=r"arc_agi and rearc can't"):
+        as_verifier("reasoning_gym")(row, row["answer"])

@@ -181,8 +181,21 @@ def _some(names: Iterable[str]) -> str:
     return f"; it has {', '.join(sorted(names)[:8])}, ..."
 
 
+def _can_be_kept(made: Any) -> bool:
+    """Whether the task's own checker still knows its answer as right, once what it reads was written as JSON."""
+    item = made[0]
+    if item["answer"] is None or not hasattr(made, "score_answer"):
+        return False
+    try:
+        kept = {**item, "metadata": json.loads(json.dumps(item.get("metadata"), default=str))}
+        return made.score_answer(item["answer"], kept) == made.score_answer(item["answer"], item)
+    except Exception:  # whatever a checker does with what it doesn't expect
+        return False
+
+
 def _unique(made: Any, size: int, path: str) -> list[dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
+    keeps = _can_be_kept(made)
     for index in range(len(made)):
         item = made[index]
         if item["answer"] is None:
@@ -195,7 +208,7 @@ def _unique(made: Any, size: int, path: str) -> list[dict[str, Any]]:
                 "prompt": item["question"],
                 "completion": str(item["answer"]),
                 "answer": str(item["answer"]),
-                "verification": json.dumps(item.get("metadata"), default=str),  # what the task's own checker reads
+                "verification": json.dumps(item.get("metadata"), default=str) if keeps else None,
             },
         )
         if len(rows) == size:

@@ -56,7 +56,10 @@ def contains(row: Mapping[str, Any], text: str) -> float:
 def reasoning_gym(row: Mapping[str, Any], text: str) -> float:
     """What the checker of the row's reasoning-gym task says of the stripped text; part marks too."""
     if not row.get("verification"):
-        raise ValueError("the row has no `verification`; load it with path: reasoning_gym:<task>")
+        raise ValueError(
+            "the row has no `verification`; load it with path: reasoning_gym:<task>, of a task whose checker can read "
+            "what is kept of it (those of arc_agi and rearc can't)"
+        )
     metadata = json.loads(row["verification"])
     entry = {"question": row["prompt"], "answer": _answer(row), "metadata": metadata}
     return float(_checker(metadata["source_dataset"])(text.strip(), entry))

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from hfkd.data.views import DistillationDataset
 from hfkd.preflight.findings import Finding
-from hfkd.recipe.parts import make_sampler
 from hfkd.run.build import Run
+from hfkd.run.deciding import check_sampler
 
 NAME = "what decides"
 REWARDED = "the run is rewarded, and the trials of a check know the teacher's part alone"
@@ -29,11 +29,8 @@ def check_deciding(run: Run, dataset: DistillationDataset) -> Iterator[Finding]:
     Raises:
         ValueError: The sampler can't draw from these rows.
     """
-    data, config = run.recipe.data, run.config
-    sampler = make_sampler(run.recipe)
-    if sampler is not None and not data.transforms:
-        size = config.train_batch_size * config.gradient_accumulation_steps
-        sampler.attach(dataset, seed=config.seed, examples_per_step=size)
+    data = run.recipe.data
+    if check_sampler(run, dataset):
         yield Finding("pass", NAME, f"{data.sampler.kind} can draw from the {len(dataset)} examples.")
     if data.transforms:
         kinds = ", ".join(section.kind for section in data.transforms)

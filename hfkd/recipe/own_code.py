@@ -63,7 +63,8 @@ def _places(recipe: Recipe) -> Iterator[tuple[str, Any]]:
     for key, part in parts.items():
         if part is not None:
             yield f"{key}.kind", part.kind
-            yield from ((f"{key}.{name}", value) for name, value in (part.model_extra or {}).items())
+            own = {name: value for name, value in (part.model_extra or {}).items() if name != "path"}  # rows, no code
+            yield from _texts(own, key)
     yield "data.prompt.builder", data.prompt.builder
     yield "data.train.format", data.train.format
     yield "data.demonstrations.format", data.demonstrations.format

@@ -1,4 +1,6 @@
-"""What decides what a run learns, made of its recipe: rows changed by transforms, with the models at hand."""
+"""What decides what a run learns: its sampler held against the rows, and rows changed by transforms, with the models
+at hand.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +8,36 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from hfkd.data.views import DistillationDataset
 from hfkd.errors import NothingToLearn
-from hfkd.recipe.parts import make_transforms
+from hfkd.recipe.parts import make_sampler, make_transforms
 from hfkd.run.build import Run
 from hfkd.run.evaluation import movable
 from hfkd.run.texts import Rows, fixed_demonstrations, prepare_to_write
 from hfkd.run.training import make_rollout
 from hfkd.transforms.base import Workshop
+
+
+def check_sampler(run: Run, dataset: DistillationDataset) -> bool:
+    """Let the recipe's sampler look at the examples, before anything is asked or trained.
+
+    Args:
+        run: With its settings.
+        dataset: Of the training examples; of what transforms will make of them nothing is known yet.
+
+    Returns:
+        Whether it looked: there is a sampler, and no transform comes first.
+
+    Raises:
+        ValueError: It can't draw from these rows.
+    """
+    sampler, config = make_sampler(run.recipe), run.config
+    if sampler is None or run.recipe.data.transforms:
+        return False
+    size = config.train_batch_size * config.gradient_accumulation_steps * config.world_size
+    seed = config.seed if config.data_seed is None else config.data_seed
+    sampler.attach(dataset, seed=seed, examples_per_step=size)
+    return True
 
 
 def transformed(

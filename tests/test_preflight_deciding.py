@@ -1,0 +1,66 @@
+"""What `hfkd check` says of samplers, transforms and rewards: found before a run, and nothing tried that it can't."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import make_model, make_tokenizer
+from rich.console import Console
+
+from hfkd.preflight import check_recipe
+from hfkd.preflight.findings import Finding
+from hfkd.recipe import load_recipe
+from hfkd.run import run_recipe
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    make_model().save_pretrained("model")
+    make_tokenizer().save_pretrained("model")
+    rows = [{"prompt": f"verb{number}", "completion": "ed", "domain": "one"} for number in range(40)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = {
+        "student": {"model": "model", "lora": {"r": 2, "alpha": 4}},
+        "teacher": {"kind": "self"},
+        "data": {"train": {"path": "rows.jsonl"}, "demonstrations": {"count": 2}},
+        "evaluation": {"shots": [0], "size": 4, "max_new_tokens": 2, "fidelity": False},
+        "training": {"output_dir": "out", "max_steps": 2, "per_device_train_batch_size": 2, "use_cpu": True},
+    }
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return tmp_path
+
+
+def found(*overrides: str) -> list[Finding]:
+    console = Console(file=io.StringIO(), width=200)
+    findings = check_recipe(load_recipe("recipe.yaml", overrides), items=2, console=console)
+    return [finding for finding in findings if finding.name == "what decides"]
+
+
+def test_one_domain_is_an_error_before_anything_is_asked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sampler that can't draw must not wait for the questions, nor for the teacher's answers."""
+    (finding,) = found("data.sampler={kind: domains, interval: 2}")
+    assert finding.level == "error" and "one" in finding.message
+    asked: list[str] = []
+    monkeypatch.setattr("hfkd.run.conduct._Conductor._evaluate", lambda *_: asked.append("evaluate"))
+    with pytest.raises(ValueError, match="domain"):
+        recipe = load_recipe("recipe.yaml", ["data.sampler={kind: domains, interval: 2}"])
+        run_recipe(recipe, console=Console(file=io.StringIO()))
+    assert not asked
+
+
+def test_transforms_are_named_and_not_run(folder: Path) -> None:
+    """Who reads the examples of a check must know that the run's are others."""
+    (finding,) = found("data.transforms=[{kind: prune, keep: 0.5}]")
+    assert finding.level == "pass" and "before prune" in finding.message
+
+
+def test_a_rewarded_run_is_checked_as_far_as_it_can_be(folder: Path) -> None:
+    """A check that fails on a recipe which runs is worse than none."""
+    changes = ["reinforcement={verifier: exact, num_generations: 2}", "data.answer=student", "data.student_shots=[0]"]
+    (finding,) = found(*changes)
+    assert finding.level == "warning" and "rewarded" in finding.message
