@@ -281,6 +281,10 @@ def test_a_transform_that_leaves_nothing_stops_the_run(folder: Path) -> None:
         ("data.revise=[{kind: nothing}]", "no reviser 'nothing'"),
         ("data.transforms=[{kind: prune, keep: 3}]", "data.transforms.0: "),
         ("data.revise={kind: select}", "data.revise"),
+        (
+            "data={answer: student, train: {path: rows.jsonl}, demonstrations: {count: 4}, sampler: {kind: domains}}",
+            "own answers",
+        ),
     ],
 )
 def test_faults_are_found_before_anything_is_loaded(folder: Path, override: str, said: str) -> None:

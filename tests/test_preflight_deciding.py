@@ -61,6 +61,7 @@ def test_transforms_are_named_and_not_run(folder: Path) -> None:
 
 def test_a_rewarded_run_is_checked_as_far_as_it_can_be(folder: Path) -> None:
     """A check that fails on a recipe which runs is worse than none."""
-    changes = ["reinforcement={verifier: exact, num_generations: 2}", "data.answer=student", "data.student_shots=[0]"]
+    changes = ["reinforcement={verifier: exact, num_generations: 2}", "data.answer=student"]
+    changes += ["data.generation.temperature=1.0"]
     (finding,) = found(*changes)
     assert finding.level == "warning" and "rewarded" in finding.message

@@ -100,6 +100,12 @@ def _together(recipe: Recipe) -> Iterator[str]:
             "data.transforms: changes the rows, and teacher.cache holds what the teacher says of those before; train "
             "without teacher.cache"
         )
+    known = data.sampler is not None and data.sampler.kind in SAMPLERS
+    if known and recipe.reinforcement is None and "dataset" not in data.shares:
+        yield (
+            f"data.sampler: {data.sampler.kind} measures on the rows' own answers, and all answers are written during "
+            "training; give data.answer a share of dataset, let the teacher write before training, or leave it out"
+        )
     if any(term.kind == "swing" for term in recipe.loss.terms) and not data.revise:
         yield (
             "loss.terms: swing hides tokens that are marked as private, and data.revise is empty; add "
