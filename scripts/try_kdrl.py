@@ -20,7 +20,7 @@ import typer
 TASK = "chain_sum"
 OPTIONS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
 ROWS, DEMONSTRATIONS, HELD_OUT = 160, 8, 48
-ANSWERS, TO_EACH, TOKENS = 16, 4, 6
+ANSWERS, TO_EACH, TOKENS = 16, 4, 5
 RATE = 5e-4
 SHOTS = (0, 1)
 
@@ -32,10 +32,11 @@ ARMS: dict[str, dict[str, Any]] = {
 
 
 def read_rows() -> tuple[list[dict], list[dict], list[dict]]:
-    """Demonstrations, held-out items and training rows; no question is in two of them."""
+    """Demonstrations, held-out items and training rows; no question is in two of them. The prompt is the sum alone."""
     from hfkd.data.load import Source, load_rows
 
-    rows = list(load_rows(Source(f"reasoning_gym:{TASK}", size=ROWS, options=OPTIONS)))
+    made = load_rows(Source(f"reasoning_gym:{TASK}", size=ROWS, options=OPTIONS))
+    rows = [{**row, "prompt": json.loads(row["verification"])["expression"]} for row in made]
     items = DEMONSTRATIONS + HELD_OUT
     return rows[:DEMONSTRATIONS], rows[DEMONSTRATIONS:items], rows[items:]
 
@@ -62,7 +63,7 @@ def style() -> Any:
     """How questions are asked, in training and afterwards."""
     from hfkd import PromptStyle
 
-    return PromptStyle(separator="")
+    return PromptStyle(question="{prompt} =", separator="")
 
 
 def train(arm: Mapping[str, Any], seed: int, steps: int, model: str, rows: tuple, folder: Path) -> dict[str, Any]:
@@ -156,7 +157,7 @@ def main(
         str, typer.Option(help="The student: a hub id or folder.")
     ] = "HuggingFaceTB/SmolLM2-135M-Instruct",
     output: Annotated[Path, typer.Option(help="Where results.json is kept.")] = Path("outputs/try_kdrl"),
-    steps: Annotated[int, typer.Option(help="Optimizer steps of each run.")] = 16,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of each run.")] = 20,
     seeds: Annotated[int, typer.Option(help="Runs of each arm.")] = 2,
     minutes: Annotated[float, typer.Option(help="Begin no run after so many minutes.")] = math.inf,
 ) -> None:

@@ -174,6 +174,7 @@ def test_a_question_has_its_own_draws(three):
     first, second = together[0].rounds[:2]
     assert first.intuitive != second.intuitive, "a round that repeats the one before is wasted"
     assert first.intuitive != first.knowledge
+    assert 0 < reasoners.cut <= reasoners.written, "six tokens of noise end in no stop string"
     with pytest.raises(ValueError, match="temperature is 0 and max_rounds is 3"):
         Reasoners(reasoners.model, make_tokenizer(), {}, GenerationSettings()).agree(["q"], max_rounds=3)
 
@@ -234,6 +235,7 @@ def test_reason_asks_a_run_and_keeps_what_was_said(trained):
     told = reason("out", [{"prompt": "1 and 1?", "answer": "2"}], Asking(rounds=2, settings=settings))
     assert told["asked"]["extract"] == "gsm8k"
     assert told["summary"]["questions"] == told["summary"]["graded"] == 1
+    assert 0 <= told["summary"]["cut"] <= 1
     base, tokenizer = make_model(), make_tokenizer()
     alone = Reasoners(
         load_adapters(base, {"knowledge": "out/knowledge"}),
@@ -304,7 +306,8 @@ def test_lines_say_whether_there_was_an_agreement():
     assert "none (no text states one" in question_lines({**agreed, "agreed": False, "answer": None})[-1]
     rounds = {"mean": 1.5, "histogram": {"1": 1, "2": 1}}
     few = {"questions": 2, "agreed": 1.0, "rounds": rounds, "texts": 4.5, "most_frequent": {"answer": "7", "share": 1}}
-    assert summary_lines(few)[1] == "Rounds      1.50 on average (1 in 1, 1 in 2); 4.5 texts a question"
+    told = "Rounds      1.50 on average (1 in 1, 1 in 2); 4.5 texts a question, 25.0% of them cut"
+    assert summary_lines({**few, "cut": 0.25})[1] == told
 
 
 def call(*arguments: str):

@@ -327,5 +327,34 @@ def test_the_card_says_what_decided(folder: Path) -> None:
     }
     card = build_card(record, {})
     assert "made 50 rows of 100 (keep: 0.5)" in card and "`domains` chose the examples of each step" in card
-    assert "no guarantee of privacy" in card and "`reasoning_gym`" in card and "<b>" not in card
+    assert "no guarantee of privacy" in card and "<b>" not in card
+    assert "`reasoning_gym` judged what the student drew, and its word was learned" in card
     assert "What decided what was learned" not in build_card({"recipe": {}}, {})
+
+
+@pytest.mark.parametrize(
+    ("settings", "teacher", "kinds"),
+    [
+        ({}, "self", ["grpo", "k2"]),
+        ({"policy_loss": "nft", "distillation_weight": 0}, "none", ["nft"]),
+        ({"reward_weight": 0, "estimator": "k3", "distillation_weight": 1.0}, "self", ["k3"]),
+    ],
+)
+def test_a_rewarded_run_says_what_it_learned(
+    folder: Path, settings: dict[str, Any], teacher: str, kinds: list[str]
+) -> None:
+    """A card that names reverse KL and a teacher where neither had a say is untrue, and cites the wrong papers."""
+    from hfkd.card import build_card
+    from hfkd.run.rewarded_terms import rewarded_terms
+
+    changes = [
+        f"reinforcement={json.dumps({'verifier': 'exact', 'num_generations': 2, **settings})}",
+        "data.answer=student",
+    ]
+    changes += ["data.generation.temperature=1.0", f"teacher.kind={teacher}"]
+    recipe = load_recipe("recipe.yaml", changes)
+    terms = rewarded_terms(recipe)
+    assert [term["kind"] for term in terms] == kinds
+    card = build_card({"recipe": recipe.resolved(), "objective": terms}, {})
+    assert all(f"x `{kind}`" in card for kind in kinds) and "reverse_kl`:" not in card
+    assert ("2505.18116" in card) == ("nft" in kinds) and ("2506.02208" in card) == ("k2" in kinds or "k3" in kinds)

@@ -34,6 +34,10 @@ class Reasoners:
         styles: By the adapter's name, how its prompts are written; those without one are written in the default style.
         settings: How texts are drawn. Their stop strings aren't used: each style has its own.
 
+    Attributes:
+        written: How many texts were written so far.
+        cut: How many of them reached the limit of tokens before they ended: a number at their end may lack digits.
+
     Raises:
         ValueError: A style is for an adapter that isn't there.
     """
@@ -47,6 +51,7 @@ class Reasoners:
     ) -> None:
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self.names = adapter_names(model)
+        self.written = self.cut = 0
         for name in styles:
             check_names({"styles": name}, self.names)
         self._builders = {name: PromptBuilder(tokenizer, styles.get(name)) for name in self.names}
@@ -73,7 +78,10 @@ class Reasoners:
         rollout = HFRollout(self.tokenizer, replace(self.settings, stop=tuple(stop)))
         prompts = [builder.encode_prompt(row) for row in rows]
         with using(self.model, name), rollout.at_step(number, seed=zlib.crc32(name.encode())):
-            return [completion.text.strip() for completion in rollout.generate(self.model, prompts)]
+            completions = rollout.generate(self.model, prompts)
+        self.written += len(completions)
+        self.cut += sum(not completion.finished for completion in completions)
+        return [completion.text.strip() for completion in completions]
 
     def agree(
         self,

@@ -76,6 +76,24 @@ PAPERS: dict[str, Paper] = {
         "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes",
         2023,
     ),
+    "2402.03300": Paper(
+        "shao2024deepseekmath",
+        "Shao, Zhihong and others",
+        "DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models",
+        2024,
+    ),
+    "2505.18116": Paper(
+        "chen2025bridging",
+        "Chen, Huayu and others",
+        "Bridging Supervised Learning and Reinforcement Learning in Math Reasoning",
+        2025,
+    ),
+    "2506.02208": Paper(
+        "xu2025kdrl",
+        "Xu, Hongling and others",
+        "KDRL: Post-Training Reasoning LLMs via Unified Knowledge Distillation and Reinforcement Learning",
+        2025,
+    ),
     "2307.15190": Paper(
         "wen2023fdivergence",
         "Wen, Yuqiao and others",

@@ -32,9 +32,8 @@ def _lines(run: Mapping[str, Any]) -> Iterator[Markdown]:
         yield joined([_named(part), "changed each step's batches before they were learned" + _settings_after(part)])
     if reward := section(run, "recipe.reinforcement"):
         judge = text(reward, "verifier")
-        yield joined(
-            ["A reward was learned beside the teacher's word, given by", code(judge) if judge else "a verifier"]
-        )
+        learned = "and its word was not learned" if value(reward, "reward_weight") == 0 else "and its word was learned"
+        yield joined([code(judge) if judge else "A verifier", f"judged what the student drew, {learned}"])
 
 
 def _named(part: Mapping[str, Any]) -> Markdown:

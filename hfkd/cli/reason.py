@@ -74,7 +74,8 @@ def summary_lines(found: Mapping[str, Any]) -> list[str]:
     counts = ", ".join(f"{count} in {length}" for length, count in rounds["histogram"].items())
     lines = [
         f"Questions   {found['questions']}, {found['agreed']:.1%} agreed on",
-        f"Rounds      {rounds['mean']:.2f} on average ({counts}); {found['texts']:.1f} texts a question",
+        f"Rounds      {rounds['mean']:.2f} on average ({counts}); {found['texts']:.1f} texts a question, "
+        f"{found['cut']:.1%} of them cut",
         f"Most given  {top['answer'] or 'none'}, to {top['share']:.1%} of the questions",
     ]
     if "accuracy" not in found:

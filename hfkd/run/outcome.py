@@ -27,6 +27,7 @@ from hfkd.report.plots import draw_plots
 from hfkd.report.written import write_report
 from hfkd.run.expected import name_of
 from hfkd.run.models import describe_student
+from hfkd.run.rewarded_terms import rewarded_terms
 
 if TYPE_CHECKING:
     from hfkd.run.build import Run
@@ -78,7 +79,8 @@ def describe_run(run: Run, record: RunRecord) -> None:
         "total": sum(parameter.numel() for parameter in run.model.parameters()),
         "trained": sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad),
     }
-    record.objective = describe_objective(run.objective)
+    rewarded = run.recipe.reinforcement is not None
+    record.objective = rewarded_terms(run.recipe) if rewarded else describe_objective(run.objective)
     record.teacher = run.teacher.describe() if run.teacher is not None else {"kind": "none"}
 
 

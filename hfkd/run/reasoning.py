@@ -122,7 +122,8 @@ def reason(
         json_path: Where the result is written.
 
     Returns:
-        `asked` (how), `summary` (see `hfkd.adapters.loop.summary`) and `outcomes`, one for each row.
+        `asked` (how), `summary` (see `hfkd.adapters.loop.summary`, and `cut`: the share of texts that reached the
+        limit of tokens) and `outcomes`, one for each row.
 
     Raises:
         ValueError: An adapter isn't there, or isn't on the same base as the others, or that base isn't the one that it
@@ -136,10 +137,11 @@ def reason(
     recipes = {name: read(path / "recipe.yaml", overrides) for name, path in chosen.items()}
     _check_base(recipes, chosen, asking.model is not None)
     extract = asking.extract or _extractor_of(recipes[asking.deep])
-    outcomes = _load(recipes, chosen, asking.settings).agree(
-        [row["prompt"] for row in rows], **asking.roles, max_rounds=asking.rounds, extract=extract
-    )
+    reasoners = _load(recipes, chosen, asking.settings)
+    questions = [row["prompt"] for row in rows]
+    outcomes = reasoners.agree(questions, **asking.roles, max_rounds=asking.rounds, extract=extract)
     told = {"asked": asdict(replace(asking, extract=extract)), **_result(outcomes, rows)}
+    told["summary"]["cut"] = reasoners.cut / reasoners.written
     if json_path is not None:
         write_json(json_path, shareable(told))
     return told
