@@ -30,5 +30,5 @@ def run_recipe(
         OSError: A file is missing or damaged.
     """
     if recipe.adapters:
-        return run_adapters(recipe, conduct.run_recipe, console=console, command=command)
+        return run_adapters(recipe, run_recipe, console=console, command=command)
     return conduct.run_recipe(recipe, console=console, command=command)
