@@ -10,7 +10,8 @@ import importlib
 import re
 from typing import Any
 
-_NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+OWN_NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*\Z")
+"""The form of such a name; whatever has it where code may stand would be imported."""
 
 
 def import_named(name: str, key: str) -> Any:
@@ -23,7 +24,7 @@ def import_named(name: str, key: str) -> Any:
     Raises:
         ValueError: It has no such form, the module can't be imported, or has no such name.
     """
-    if not _NAME.fullmatch(name):
+    if not OWN_NAME.match(name):
         raise ValueError(f"{key}: got {name!r}; expected package.module:Name")
     module_name, _, attribute = name.partition(":")
     try:

@@ -71,8 +71,9 @@ def test_a_solved_prompt_is_asked_no_more():
 
 def test_keep_is_the_most_of_one_prompt():
     """Prevents easy prompts from flooding the training set."""
-    made = RejectionSampling("contains", samples=6, keep=2).apply(ROWS[:1], scripted(in_turn(*"4 4a 4b 4c".split())))
-    assert said(made) == [("2+2", "4"), ("2+2", "4a")]
+    script = in_turn("4", "it is 4", "so 4", "4, then")
+    made = RejectionSampling("contains", samples=6, keep=2).apply(ROWS[:1], scripted(script))
+    assert said(made) == [("2+2", "4"), ("2+2", "it is 4")]
 
 
 def test_part_marks_count_as_the_threshold_says(monkeypatch):

@@ -17,7 +17,14 @@ ROW = {"prompt": "2 + 2 =", "completion": "4", "answer": "4"}
 
 @pytest.mark.parametrize(
     ("name", "text", "value"),
-    [("exact", " 4\n", 1.0), ("exact", "44", 0.0), ("contains", "It is 4.", 1.0), ("contains", "five", 0.0)],
+    [
+        ("exact", " 4\n", 1.0),
+        ("exact", "44", 0.0),
+        ("contains", "It is 4.", 1.0),
+        ("contains", "five", 0.0),
+        ("contains", "14 or 40", 0.0),
+        ("contains", "4,", 1.0),
+    ],
 )
 def test_built_in_ones(name: str, text: str, value: float) -> None:
     """A filter that takes every text, or none, would be noticed last."""
@@ -43,6 +50,9 @@ def test_options_of_several_tasks() -> None:
     assert len(asked) == 3 and all(len(parts) == 4 for parts in asked)  # "3 + 4 ="
     with pytest.raises(ValueError, match="did you mean chain_sum"):
         load_rows(Source("reasoning_gym:chain_sum,letter_counting", size=6, options={"chain_sun": {}}))
+    with pytest.raises(ValueError, match="names a task twice"):
+        load_rows(Source("reasoning_gym:chain_sum,chain_sum", size=6))
+    assert len(load_rows(Source("reasoning_gym:chain_sum,letter_counting", size=2, options={"chain_sum": None}))) == 2
     with pytest.raises(ValueError, match="at least one each"):
         load_rows(Source("reasoning_gym:chain_sum,letter_counting", size=1))
 
@@ -50,7 +60,7 @@ def test_options_of_several_tasks() -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -0.1, 1.5, "1", None, True + 1, torch.tensor([1.0])])
 def test_no_number_from_0_to_1_is_an_error(value: object) -> None:
     """A NaN reward becomes NaN advantages for a whole group, silently."""
-    with pytest.raises(VerifierError, match="expected a number from 0"):
+    with pytest.raises(VerifierError, match=r"the row '2 \+ 2 ='; expected a number from 0"):
         as_verifier(lambda row, text: value)(ROW, "4")
 
 

@@ -143,6 +143,8 @@ def _gym(names: str, source: RawSource) -> list[dict[str, Any]]:
             f"{source.path} has options for {unknown[0]!r}; with several tasks expected {{<task>: {{<option>: "
             f"<value>}}}}{near(unknown[0], tasks)}"
         )
+    if len(set(tasks)) < len(tasks):
+        raise DataError(f"{source.path} names a task twice, whose questions would come twice; name each once")
     size, more = divmod(source.size or 500, len(tasks))
     if size == 0:
         raise DataError(
@@ -150,7 +152,7 @@ def _gym(names: str, source: RawSource) -> list[dict[str, Any]]:
         )
     rows = []
     for place, task in enumerate(tasks):
-        found = _gym_task(task, size + (place < more), source.options.get(task, {}), source)
+        found = _gym_task(task, size + (place < more), source.options.get(task) or {}, source)
         rows += [{**row, "domain": task} for row in found]
     return rows
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from functools import cache
 from numbers import Real
@@ -49,8 +50,9 @@ def exact(row: Mapping[str, Any], text: str) -> float:
 
 
 def contains(row: Mapping[str, Any], text: str) -> float:
-    """1 where the row's answer stands in the text, whatever the case."""
-    return float(_answer(row).casefold() in text.casefold())
+    """1 where the row's answer stands in the text, whatever the case, and not as a part of a longer word or number."""
+    answer = re.escape(_answer(row).casefold())
+    return float(re.search(rf"(?<!\w){answer}(?!\w)", text.casefold()) is not None)
 
 
 def reasoning_gym(row: Mapping[str, Any], text: str) -> float:
@@ -95,8 +97,8 @@ def _checked(verifier: Verifier, name: str) -> Verifier:
         number = isinstance(value, Real) or (hasattr(value, "item") and getattr(value, "ndim", 1) == 0)
         if not number or not math.isfinite(value := float(value)) or not 0 <= value <= 1:
             raise VerifierError(
-                f"The verifier {name} gave {value!r} for the text {text[:80]!r}; expected a number from 0 (wrong) "
-                "to 1 (right)."
+                f"The verifier {name} gave {value!r} for the text {text[:80]!r} of the row {prompt_key(row)[:80]!r}; "
+                "expected a number from 0 (wrong) to 1 (right)."
             )
         return value
 

@@ -15,10 +15,11 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from hfkd.named import OWN_NAME
 from hfkd.recipe.reward_faults import reward_faults
 from hfkd.recipe.schema import Recipe
 from hfkd.recipe.source import near, shown
-from hfkd.recipe.teachers import OWN_CLASS, answer_faults, second_view_faults, teacher_faults
+from hfkd.recipe.teachers import answer_faults, second_view_faults, teacher_faults
 from hfkd.recipe.values import plain_value
 from hfkd.record import BY_EVALUATION
 
@@ -50,7 +51,7 @@ def find_faults(recipe: Recipe) -> list[str]:
 
 def is_own_class(kind: str) -> bool:
     """Whether a name has the form `package.module:Class`."""
-    return bool(OWN_CLASS.match(kind))
+    return bool(OWN_NAME.match(kind))
 
 
 def _loading(recipe: Recipe) -> Iterator[str]:

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from hfkd.named import OWN_NAME
 from hfkd.recipe.adapters import drafts
 from hfkd.recipe.schema import Recipe
-from hfkd.recipe.teachers import OWN_CLASS
 
 
 def own_code(recipe: Recipe) -> dict[str, str]:
@@ -83,5 +83,5 @@ def _texts(value: Any, key: str) -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict | list):
         for name, part in value.items() if isinstance(value, dict) else enumerate(value):
             yield from _texts(part, f"{key}.{name}")
-    elif isinstance(value, str) and OWN_CLASS.match(value):
+    elif isinstance(value, str) and OWN_NAME.match(value):
         yield key, value

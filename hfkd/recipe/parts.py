@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from hfkd.named import import_class
+from hfkd.named import OWN_NAME, import_class
 from hfkd.recipe.schema import PartSection, Recipe
 from hfkd.recipe.source import near, shown
-from hfkd.recipe.teachers import OWN_CLASS
 from hfkd.recipe.values import argument_faults
 from hfkd.revision import REVISERS, Reviser
 from hfkd.sampling import SAMPLERS, ExampleSampler
@@ -26,7 +25,7 @@ _WORDS = {"sampler": "sampler", "revise": "reviser", "transforms": "transform"}
 def part_faults(recipe: Recipe) -> Iterator[str]:
     """Faults of the parts, each under its key; classes of the user's own aren't imported."""
     for key, section, known, base in _places(recipe):
-        if OWN_CLASS.match(section.kind):
+        if OWN_NAME.match(section.kind):
             continue
         if section.kind not in known:
             word = _WORDS[key.split(".")[1]]
@@ -70,9 +69,14 @@ def make_transforms(recipe: Recipe) -> list[RowTransform]:
 
 def _made(recipe: Recipe) -> Iterator[Part]:
     for key, section, known, base in _places(recipe):
-        cls = import_class(known.get(section.kind, section.kind), f"{key}.kind", base)
+        cls, given = (
+            import_class(known.get(section.kind, section.kind), f"{key}.kind", base),
+            section.model_extra or {},
+        )
+        if faults := list(argument_faults(key, cls, given)):
+            raise ValueError("; ".join(faults))
         try:
-            yield cls(**(section.model_extra or {}))
+            yield cls(**given)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{key}: {error}") from error
 

@@ -8,10 +8,10 @@ import dataclasses
 import os
 from collections.abc import Iterator
 
+from hfkd.named import OWN_NAME
 from hfkd.recipe.reinforcement import ReinforcementSection
 from hfkd.recipe.schema import Recipe
 from hfkd.recipe.source import near, shown
-from hfkd.recipe.teachers import OWN_CLASS
 
 _GENERATION = {
     "max_completion_length": "data.generation.max_new_tokens",
@@ -42,7 +42,7 @@ def _verifier(section: ReinforcementSection) -> Iterator[str]:
     from hfkd.data.verify import VERIFIERS
 
     name = section.verifier
-    if name not in VERIFIERS and not OWN_CLASS.match(name):
+    if name not in VERIFIERS and not OWN_NAME.match(name):
         yield (
             f"reinforcement.verifier: there is no verifier {shown(name)}{near(name, VERIFIERS)} (known: "
             f"{', '.join(VERIFIERS)}; your own is named as package.module:function)"

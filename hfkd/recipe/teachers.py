@@ -5,13 +5,12 @@ Gives one line per fault, as `hfkd.recipe.checks` does for the rest.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
+from hfkd.named import OWN_NAME
 from hfkd.recipe.schema import DataSection, MemberSection, Recipe, SourceSection, TeacherSection
 from hfkd.recipe.source import near, shown
 
-OWN_CLASS = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
 _MODEL = ("model", "revision", "dtype", "trust_remote_code", "load_kwargs", "offload")
 # The keys that each kind reads, besides kind and reuse_prefix.
 _KEYS: dict[str, tuple[str, ...]] = {
@@ -155,7 +154,7 @@ def _may_hold_context(train: SourceSection) -> bool:
 
 def _section(teacher: TeacherSection, key: str) -> Iterator[str]:
     """The keys of one teacher."""
-    own = bool(OWN_CLASS.match(teacher.kind))
+    own = bool(OWN_NAME.match(teacher.kind))
     if teacher.kind not in _KEYS and not own:
         yield (
             f"{key}.kind: got {shown(teacher.kind)}; expected {', '.join(_KEYS)} or package.module:Class"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import types
 import typing
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +17,8 @@ def plain_value(hint: Any, value: Any) -> Any:
     Raises:
         ValueError: The value can't be of the type; the message says what was expected.
     """
-    kinds = set(typing.get_args(hint)) or {hint}
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    kinds = set(typing.get_args(hint)) if union else {hint}
     others = kinds - {int, float, bool, str, type(None)}
     if value is None or (others and not (kinds & {int, float} and isinstance(value, int | float | str))):
         return value  # lists, mappings, enumerations: their owner checks them itself

@@ -64,7 +64,7 @@ def make_dataset(
 def _weights(run: Run, rows: Sequence[dict[str, Any]]) -> TokenWeights | None:
     """How much tokens count: as the recipe says, or else as a transform wrote into these rows."""
     named = token_weights(run.recipe.data.token_weights)
-    if named is not None or not run.recipe.data.transforms or not rows or "token_weights" not in rows[0]:
+    if named is not None or not run.recipe.data.transforms or not any(WEIGHTS in row for row in rows):
         return named
     return WEIGHTS if any(WEIGHTS in one.writes for one in make_transforms(run.recipe)) else None
 
