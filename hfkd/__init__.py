@@ -26,6 +26,7 @@ _HOMES = {
     "SelfTeacher": "hfkd.teachers",
     "EmaTeacher": "hfkd.teachers",
     "SnapshotTeacher": "hfkd.teachers",
+    "EarlyExitTeacher": "hfkd.teachers",
     "CachedTeacher": "hfkd.teachers",
     "CacheError": "hfkd.cache",
     "MixtureTeacher": "hfkd.teachers",

@@ -178,6 +178,11 @@ class LongRunTrainer(PublishingTrainer):
             self._warn(f"{checkpoint} can't be verified: {finding.reason}. It is taken as it is.")
             return checkpoint
         made, now = finding.manifest, self._about()
+        if (before := made.get("deciders", now["deciders"])) != now["deciders"]:
+            raise CheckpointError(
+                f"{checkpoint} was made with other samplers or revisers ({', '.join(before) or 'none'}; now "
+                f"{', '.join(now['deciders']) or 'none'}). Go on with those, or start a new run from the weights."
+            )
         if self.args.ignore_data_skip:
             made = {**made, "data": now["data"]}
         if note := check_same_training(checkpoint, made, now):
@@ -203,6 +208,7 @@ class LongRunTrainer(PublishingTrainer):
             "data": data_fingerprint(self.train_dataset),
             "objective": self.objective.describe(),
             "teacher": None if self.teacher is None else _identity(self.teacher.describe()),
+            "deciders": list(deciders(self)),
         }
         return json.loads(json.dumps(about, default=lambda one: type(one).__name__))  # no addresses
 

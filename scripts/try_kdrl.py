@@ -21,7 +21,6 @@ TASK = "chain_sum"
 OPTIONS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
 ROWS, DEMONSTRATIONS, HELD_OUT = 160, 8, 48
 ANSWERS, TO_EACH, TOKENS = 16, 4, 5
-RATE = 5e-4
 SHOTS = (0, 1)
 
 ARMS: dict[str, dict[str, Any]] = {
@@ -66,7 +65,9 @@ def style() -> Any:
     return PromptStyle(question="{prompt} =", separator="")
 
 
-def train(arm: Mapping[str, Any], seed: int, steps: int, model: str, rows: tuple, folder: Path) -> dict[str, Any]:
+def train(
+    arm: Mapping[str, Any], seed: int, steps: int, rate: float, model: str, rows: tuple, folder: Path
+) -> dict[str, Any]:
     """Train once, and ask the student afterwards."""
     from peft import LoraConfig, get_peft_model
     from transformers import set_seed
@@ -79,7 +80,7 @@ def train(arm: Mapping[str, Any], seed: int, steps: int, model: str, rows: tuple
     set_seed(seed)
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     settings = {"max_steps": steps, "per_device_train_batch_size": ANSWERS, "num_generations": TO_EACH}
-    settings |= {"max_completion_length": TOKENS, "learning_rate": RATE, "logging_steps": 1, "seed": seed}
+    settings |= {"max_completion_length": TOKENS, "learning_rate": rate, "logging_steps": 1, "seed": seed}
     settings |= {"bf16": False, "gradient_checkpointing": False, "use_cpu": True, "dataloader_pin_memory": False}
     settings |= {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "lr_scheduler_type": "constant"}
     trainer = KDRLTrainer(
@@ -132,22 +133,23 @@ def row(name: str, runs: Sequence[Mapping[str, Any]]) -> str:
     return f"| {' | '.join([name, *cells])} |"
 
 
-def table(found: Mapping[str, Any], seeds: int, steps: int) -> str:
+def table(found: Mapping[str, Any], seeds: int, steps: int, rate: float) -> str:
     """All arms whose runs are there."""
     known = found["before"]["shots"]
     teacher = known[str(DEMONSTRATIONS)]
     columns = [f"{count} examples: each seed, % ± standard error | mean | most given answer" for count in SHOTS]
     lines = [
-        f"{HELD_OUT} held-out questions, greedy; {steps} steps of {ANSWERS} answers, {TO_EACH} to each question. "
-        f"The teacher scores {100 * teacher['accuracy']:.1f} ± {100 * teacher['error']:.1f} %; always giving the most "
-        f"frequent answer, {100 * teacher['most_frequent']:.1f} %.",
+        f"{HELD_OUT} held-out questions, greedy; {steps} steps of {ANSWERS} answers, {TO_EACH} to each question, at a "
+        f"learning rate of {rate:g}. The teacher scores {100 * teacher['accuracy']:.1f} ± "
+        f"{100 * teacher['error']:.1f} %; always giving the most frequent answer, "
+        f"{100 * teacher['most_frequent']:.1f} %.",
         "",
         f"| | {' | '.join(columns)} | reward, last 5 steps | time |",
         "|" + "---|" * (3 + 3 * len(SHOTS)),
         row("untrained", [found["before"]]),
     ]
     for name in ARMS:
-        runs = [found[key] for seed in range(seeds) if (key := f"{name}/{steps}/{seed}") in found]
+        runs = [found[key] for seed in range(seeds) if (key := f"{name}/{steps}/{rate}/{seed}") in found]
         lines += [row(name, runs)] if runs else []
     return "\n".join(lines)
 
@@ -158,6 +160,7 @@ def main(
     ] = "HuggingFaceTB/SmolLM2-135M-Instruct",
     output: Annotated[Path, typer.Option(help="Where results.json is kept.")] = Path("outputs/try_kdrl"),
     steps: Annotated[int, typer.Option(help="Optimizer steps of each run.")] = 20,
+    rate: Annotated[float, typer.Option(help="Learning rate, constant.")] = 2e-4,
     seeds: Annotated[int, typer.Option(help="Runs of each arm.")] = 2,
     minutes: Annotated[float, typer.Option(help="Begin no run after so many minutes.")] = math.inf,
 ) -> None:
@@ -169,13 +172,13 @@ def main(
     began = time.monotonic()
     jobs = [("before", None, 0), *((name, arm, seed) for seed in range(seeds) for name, arm in ARMS.items())]
     for name, arm, seed in jobs:
-        key = name if arm is None else f"{name}/{steps}/{seed}"
+        key = name if arm is None else f"{name}/{steps}/{rate}/{seed}"
         if key in found or time.monotonic() - began > 60 * minutes:
             continue
-        found[key] = before(model, rows) if arm is None else train(arm, seed, steps, model, rows, output)
+        found[key] = before(model, rows) if arm is None else train(arm, seed, steps, rate, model, rows, output)
         output.mkdir(parents=True, exist_ok=True)
         write_json(path, found)
-    print(table(found, seeds, steps))
+    print(table(found, seeds, steps, rate))
 
 
 if __name__ == "__main__":

@@ -55,6 +55,9 @@ def test_the_most_frequent_common_answer_is_reported():
     outcome = Outcome("q", rounds=[Round("", "", "", "5", "6"), Round("", "", "", "6", "9")])
     assert majority(["5", "6", "6", "9"]) == "6"
     assert loop([5, 6], [6, 6]).answer == "6"
+    three = loop([5, 7, 6], [6, 6, 5])
+    assert sorted(three.common) == ["5", "6"] and len(three.rounds) == 3
+    assert three.answer == "6", "given three times by both together; by the intuitive way alone 5 would be first"
     assert summary([outcome])["rounds"]["mean"] == 2
 
 

@@ -18,12 +18,16 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from hfkd.adapters import Reasoners, adapter_names, load_adapters, using
+from hfkd.cache import CacheError, make_codec
 from hfkd.cli.reason import question_lines, summary_lines
 from hfkd.data.prompts import PromptStyle
-from hfkd.recipe import load_recipe
+from hfkd.errors import CheckpointNotSaved, NonFiniteLoss
+from hfkd.recipe import expand, load_recipe
 from hfkd.record import OutputFolderError
 from hfkd.rollout.base import GenerationSettings
 from hfkd.run import run_recipe
+from hfkd.run.adapters import run_adapters
+from hfkd.run.caching import build_cache
 from hfkd.run.reasoning import Asking, find_adapters, reason
 
 NAMES = ("intuitive", "knowledge", "deep")
@@ -179,6 +183,16 @@ def test_a_question_has_its_own_draws(three):
         Reasoners(reasoners.model, make_tokenizer(), {}, GenerationSettings()).agree(["q"], max_rounds=3)
 
 
+def test_each_adapter_has_draws_of_its_own(tmp_path):
+    """Two adapters that share their luck agree more often than two ways to an answer do."""
+    folders = {name: saved_adapter(tmp_path / name, seed=0) for name in ("one", "other")}
+    settings = GenerationSettings(max_new_tokens=6, temperature=1.0)
+    reasoners = Reasoners(load_adapters(make_model(), folders), make_tokenizer(), {}, settings)
+    texts = {name: reasoners.write(name, ["two?"]) for name in folders}
+    assert texts["one"] != texts["other"], "equal weights, equal prompt, equal round: the name makes the difference"
+    assert texts["one"] == reasoners.write("one", ["two?"])
+
+
 def test_one_recipe_trains_what_three_would(trained):
     """Runs in one process must not touch each other: each adapter equals, bit for bit, that of a run by itself."""
     assert "Adapter knowledge (2 of 3)" in trained and 'hfkd reason out "your question"' in trained
@@ -224,8 +238,50 @@ def test_all_adapters_are_looked_at_before_the_first_is_trained(desk):
     with pytest.raises(ValueError, match="adapters.knowledge: .*the column 'question' holds None"):
         Path("bare.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
         train("adapters.knowledge.data.train.path=bare.jsonl")
+    with pytest.raises(ValueError, match="adapters.deep: .*student's view has .* the limit is max_length=8"):
+        train("adapters.deep.data.max_length=8")
+    teacher = "adapters.deep.teacher={kind: local, model: model, cache: nowhere}"
+    terms = "adapters.deep.loss.terms=[{kind: forward_kl}]"
+    with pytest.raises(CacheError, match="adapters.deep: nowhere holds no cache"):
+        train(teacher, terms)
+    with pytest.raises(OSError, match="adapters.deep: .*teacher.model absent"):
+        train("adapters.deep.teacher={kind: local, model: absent}", terms)
+    make_model(seed=3).save_pretrained("other")
+    make_tokenizer().save_pretrained("other")
+    build_cache(expand(load_recipe("recipe.yaml", [teacher, terms]))["deep"], Path("nowhere"), make_codec("topk", k=4))
+    with pytest.raises(CacheError, match="(?s)adapters.deep: .*teacher.model"):
+        train(teacher.replace("model: model", "model: other"), terms)
     assert not Path("out").exists()
     assert issubclass(OutputFolderError, ValueError), "a folder's fault is one of the user's"
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (CheckpointNotSaved("the disk is full"), CheckpointNotSaved),
+        (NonFiniteLoss("the disk is full"), NonFiniteLoss),
+        (OSError(28, "the disk is full"), OSError),
+    ],
+)
+def test_an_error_in_training_names_the_adapter(desk, error, kind):
+    """Hours into a run of several, a message that could be of any of them sends the user to the wrong one."""
+    begun = []
+
+    def breaks(recipe, **options):
+        begun.append(recipe.training["output_dir"])
+        if len(begun) == 2:
+            raise error
+
+    with pytest.raises(kind, match="adapters.knowledge: .*the disk is full"):
+        run_adapters(load_recipe("recipe.yaml"), breaks, console=Console(file=io.StringIO()))
+    assert begun == ["out/intuitive", "out/knowledge"]
+
+
+def test_what_is_finished_needs_its_rows_no_more(trained):
+    """Going on with the third adapter must not ask for files that served the first one only."""
+    Path("rows.jsonl").rename("moved.jsonl")
+    runs, screen = train("training.run_policy=resume")
+    assert "Adapter deep (3 of 3), finished before" in screen and list(runs) == list(NAMES)
 
 
 def test_reason_asks_a_run_and_keeps_what_was_said(trained):

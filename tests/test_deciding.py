@@ -20,6 +20,7 @@ from torch import Tensor
 from training import ROWS, make_trainer, trained_weights
 
 from hfkd.batch import Batch, View
+from hfkd.checkpoint import load_companions
 from hfkd.errors import CheckpointError, NothingToLearn
 from hfkd.objective import Objective
 from hfkd.reading import read_batch
@@ -146,11 +147,27 @@ def test_their_states_are_in_checkpoints(tmp_path: Path) -> None:
     again = make_trainer(tmp_path, sampler=(sampler := Backwards()), **options)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert sampler.steps == 2
+    plain, checkpoint = make_trainer(tmp_path, **options), str(tmp_path / "checkpoint-1")
+    with pytest.raises(CheckpointError, match=r"\(decides_sampler_Backwards; now none\)"):
+        plain.train(resume_from_checkpoint=checkpoint)
     with pytest.raises(CheckpointError, match="decides_sampler_Backwards.safetensors, and this training has no such"):
-        make_trainer(tmp_path, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+        load_companions(checkpoint, plain.objective, plain.teacher)
+    other = type("Other", (Backwards,), {})()
+    with pytest.raises(CheckpointError, match="now decides_sampler_Other"):
+        make_trainer(tmp_path, sampler=other, **options).train(resume_from_checkpoint=checkpoint)
     with pytest.raises(CheckpointError, match="no decides_sampler_Other.safetensors"):
-        other = type("Other", (Backwards,), {})()
-        make_trainer(tmp_path, sampler=other, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+        load_companions(checkpoint, plain.objective, plain.teacher, beside={"decides_sampler_Other": other})
+
+
+@pytest.mark.parametrize("now", [[], [FirstRowOnly(), Watching()], [FirstRowOnly()]])
+def test_what_has_no_state_is_asked_for_again(tmp_path: Path, now: list[Reviser]) -> None:
+    """A reviser that is forgotten, added or exchanged at a resume would make the second half another training."""
+    options = {"save_strategy": "steps", "save_steps": 1}
+    make_trainer(tmp_path, revisers=[Watching()], **options).train()
+    checkpoint = str(tmp_path / "checkpoint-1")
+    make_trainer(tmp_path, revisers=[Watching()], **options).train(resume_from_checkpoint=checkpoint)
+    with pytest.raises(CheckpointError, match=r"other samplers or revisers \(decides_reviser_0_Watching; now"):
+        make_trainer(tmp_path, revisers=now, **options).train(resume_from_checkpoint=checkpoint)
 
 
 def test_a_sampler_needs_rows(tmp_path: Path) -> None:

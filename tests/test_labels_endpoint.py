@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from hfkd.cli.label import label
 from hfkd.labels import label_rows, load_plan
-from hfkd.labels.endpoint import EndpointError, find_key, is_this_machine, retry_after
+from hfkd.labels.asking import Asker, Question
+from hfkd.labels.endpoint import EndpointError, Fault, Reply, find_key, is_this_machine, retry_after
 from hfkd.labels.ledger import Ledger, alone, question_key
 from hfkd.labels.pace import Pace
 from hfkd.recipe import RecipeError
@@ -97,6 +98,38 @@ def test_a_refused_question_is_not_repeated(tmp_path: Path) -> None:
     assert summary["rows"]["rejected"] == {"refused": 1} and len(server.asked) == 2
 
 
+def test_what_was_refused_before_does_not_end_the_next_run(tmp_path: Path) -> None:
+    """Bad rows lie apart in the source, and together in a run that asks for them alone: no filter could be changed."""
+    prompts = [f"q{number}" for number in range(24)]
+    bad, new = prompts[3::6], ["q24", "q25", "q26"]
+    reply = {"now": Say(status=400)}
+    answer = lambda body, number: reply["now"] if question_of(body) in [*bad, *new] else Say("fine")  # noqa: E731
+    with endpoint(answer) as server:
+        tree = plan_tree(tmp_path, server.url, prompts, endpoint={"give_up_after": 3, "attempts": 1})
+        assert label_rows(load_plan(write_plan(tmp_path, tree)))["rows"]["rejected"] == {"refused": 4}
+        tree["filters"] = [{"kind": "format", "min_chars": 1}]
+        assert label_rows(load_plan(write_plan(tmp_path, tree)))["rows"]["rejected"] == {"refused": 4}
+        assert len(server.asked) == 24 + 4
+        reply["now"] = Say(status=503)
+        with pytest.raises(EndpointError, match="3 questions in a row were given up; the last: server"):
+            label_rows(load_plan(write_plan(tmp_path, tree)))
+        reply["now"] = Say(status=400)
+        assert label_rows(load_plan(write_plan(tmp_path, tree)))["rows"]["labelled"] == 20, "an outage changes nothing"
+        plan = load_plan(write_plan(tmp_path, plan_tree(tmp_path, server.url, new, endpoint=tree["endpoint"])))
+        with pytest.raises(EndpointError, match="3 questions in a row"):
+            label_rows(plan)  # new ones count
+
+
+def test_questions_that_never_had_an_answer_end_every_run(tmp_path: Path) -> None:
+    """A plan that the endpoint refuses must not ask everything as soon as it is run for the second time."""
+    with endpoint([Say(status=400)]) as server:
+        tree = plan_tree(tmp_path, server.url, ["a", "b", "c", "d", "e"], endpoint={"give_up_after": 2})
+        for run_number in (1, 2):
+            with pytest.raises(EndpointError, match="2 questions in a row"):
+                label_rows(load_plan(write_plan(tmp_path, tree)))
+            assert len(server.asked) == 2 * run_number
+
+
 @pytest.mark.parametrize(
     ("reply", "words"),
     [
@@ -122,6 +155,32 @@ def test_retry_after_is_heeded_by_all_threads(tmp_path: Path) -> None:
     summary, server = run(tmp_path, answer, [f"q{n}" for n in range(4)], endpoint={"parallel": 1})
     assert server.moments[1] - server.moments[0] >= 0.45
     assert summary["rows"]["labelled"] == 4
+
+
+@pytest.mark.parametrize(("kind", "held"), [("rate_limit", 1), ("server", 0)])
+def test_a_limit_without_a_time_holds_all_threads(tmp_path: Path, kind: str, held: int) -> None:
+    """A 429 speaks of all requests: threads that go on meanwhile keep the endpoint above its limit."""
+
+    class Told(Pace):
+        def hold(self, seconds: float) -> None:
+            told.append(seconds)
+
+    class Speaker:
+        def ask(self, messages, generation) -> Reply:
+            temperatures.append(generation.temperature)
+            if len(temperatures) < 3:
+                raise Fault(kind, "made up")
+            return Reply("yes", 1, 1)
+
+    told, temperatures = [], []
+    tree = plan_tree(tmp_path, "http://127.0.0.1:9/v1", ["one"], endpoint={"backoff": 0.04})
+    plan = load_plan(write_plan(tmp_path, tree))
+    asker = Asker(Speaker(), Ledger(tmp_path / "ledger.jsonl"), plan.endpoint, plan.generation, Told())
+    (outcome,) = asker.ask_all([Question([{"role": "user", "content": "q"}], str)], "labels")
+    assert outcome.value == "yes" and len(told) == 2 * held
+    if held:
+        assert 0.02 <= told[0] <= 0.04 <= told[1] <= 0.08, "longer with each attempt"
+    assert temperatures == [0.0] * 3, "nothing was wrong with a text, so none is asked for more warmly"
 
 
 def test_retry_after_is_read_in_every_form() -> None:
@@ -304,6 +363,15 @@ def test_a_plan_is_refused_before_anything_is_asked(tmp_path: Path, override: st
         ({"filters": [{"kind": "verifier", "verifier": "exact", "least": 0}]}, "least is 0"),
         ({"filters": [{"kind": "format"}]}, "without them nothing is dropped"),
         ({"filters": [{"kind": "self_evaluation", "grades": 5}]}, "grades is 5 and least None"),
+        (
+            {"filters": [{"kind": "self_evaluation", "generation": {"max_token": 3}}]},
+            "filters.0: generation.max_token: unknown key; did you mean max_tokens",
+        ),
+        ({"template": {"kind": "extraction"}, "keep": "all"}, "keep: got all with the template extraction"),
+        (
+            {"template": {"kind": "hfkd.labels.extraction:ExtractionTemplate"}, "keep": "all"},
+            "would contradict each other",
+        ),
         ({"template": {"kind": "no_such_module:Mine"}}, "can't be imported"),
     ],
 )

@@ -246,11 +246,66 @@ def test_self_evaluation() -> None:
     assert faults[0] == "" and faults[1] == "the teacher calls it wrong" and faults[2].startswith("no verdict")
     assert "B.\nAnswer: yes" in asked[0].messages[0]["content"] and "Is 7 prime?" in asked[0].messages[0]["content"]
     graded = SelfEvaluationFilter(grades=5, least=4)
-    assert [graded._verdict(text) for text in ("4", "I give it 5/5.", "Grade: 1")] == [4, 5, 1]
-    for text in ("9", "good", "2.5"):
-        with pytest.raises(FormatError):
-            graded._verdict(text)
     assert judged(graded, [answer("a")], ask=lambda questions: [Outcome(3)]) == ["the teacher's grade is 3"]
+
+
+@pytest.mark.parametrize(
+    ("text", "grade"),
+    [
+        *[("4", 4), ("I give it 5/5.", 5), ("Grade: 1", 1), ("**4**/5", 4), ("4.0", 4), ("Grade-3.", 3)],
+        *[("I'd give it 2 out of 5.", 2), ("Grade: 4 Out Of 5", 4), ("3 of 5", 3), ("2 / 5", 2)],
+        *[("On a scale of 1 to 5, I'd say 2.", 2), ("2 (1-5)", 2)],
+        *[("9", None), ("good", None), ("2.5", None), ("-4", None), ("two out of 5", None), ("0/5", None)],
+        *[("I give it 5 because of 2 reasons", None), ("4/10", None), ("4 or 5", None), ("2/50", None)],
+    ],
+)
+def test_a_grade_is_the_only_number(text: str, grade: int | None) -> None:
+    """The best grade, which teachers name beside theirs, must not be taken for it: bad answers would pass."""
+    graded = SelfEvaluationFilter(grades=5, least=4)
+    if grade is not None:
+        assert graded._verdict(text) == grade
+    else:
+        with pytest.raises(FormatError, match="no grade from 1 to 5"):
+            graded._verdict(text)
+
+
+def test_a_verdict_is_not_written_as_a_label_is(tmp_path) -> None:
+    """Three tokens are enough for a label and cut every verdict; a verdict that is drawn at 1.3 is none."""
+    own = {"max_tokens": 3, "temperature": 1.3, "top_p": 0.9, "stop": ["\n"], "seed": 4, "extra": {"top_k": 4}}
+    sent = {}
+    for number, settings in enumerate([{}, {"generation": {"max_tokens": 5, "extra": {"top_k": 9}}}]):
+        with endpoint([Say("x"), Say("Hm."), Say("yes")]) as server:
+            filters = [{"kind": "self_evaluation", **settings}]
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            tree = plan_tree(folder, server.url, ["a"], generation=own, filters=filters)
+            assert label_rows(load_plan(write_plan(folder, tree)))["rows"]["labelled"] == 1
+        asked = [{key: body[key] for key in body if key not in ("messages", "model")} for body in server.asked]
+        label, sent[number], again = asked
+        assert label == {key: value for key, value in own.items() if key != "extra"} | {"top_k": 4}
+        assert again == {**sent[number], "temperature": 0.7}, "a bad text is asked for again more warmly"
+    assert sent[0] == {"max_tokens": 64, "temperature": 0.0}
+    assert sent[1] == {"max_tokens": 5, "temperature": 0.0, "top_k": 9}
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ('In [London]: ["Ada"]', ["Ada"]),
+        ('[a] [b ["c"]] ["Ada"] ["x"]', ["Ada"]),
+        ('] ["Ada"]', ["Ada"]),
+        ('[["Ada"], ["x"]', None),
+        ('[London: ["Ada"]', None),
+        ("[London]", None),
+    ],
+)
+def test_the_list_is_found_behind_other_brackets(text: str, found: list[str] | None) -> None:
+    """An aside in brackets must not hide the list; and half a list is none, though a whole one may lie in it."""
+    if found is not None:
+        assert read_spans(text) == found and span_f1({"answer": '["Ada"]'}, text) == 1.0
+    else:
+        with pytest.raises(ValueError, match="no valid JSON list"):
+            read_spans(text)
 
 
 def test_pairs_survive_any_text() -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import re
 
 import pytest
 import torch
+from trl import GRPOConfig
 
 from hfkd.losses.kl import ReverseKL
 from hfkd.reinforcement.config import check_terms
+from hfkd.reinforcement.drawn import Tally, count_steps
 from hfkd.reinforcement.estimators import LikeliestReverseKL, bounded_ratio, k2, k3
 from hfkd.reinforcement.masks import taught_responses
 from hfkd.reinforcement.nft import nft_loss
+from hfkd.reinforcement.policy import NAMES, UNREAD_BY_NFT
 from hfkd.support import TokenChunk
 
 STUDENT = torch.tensor([0.9, -0.4, 0.3, 1.2, -1.0, 0.1], dtype=torch.float64)
@@ -170,3 +175,33 @@ def test_weights_that_make_no_sense_are_refused(weights, message):
     """A negative weight would train away from the teacher; two zeros would train nothing for hours."""
     with pytest.raises(ValueError, match=message):
         check_terms(*weights)
+
+
+def test_tokens_are_counted_by_step():
+    """Where a generation makes several steps, its own mean would weigh a step by what the others are taught."""
+    masks = [[[1, 0], [1, 1]], [[0, 0], [1, 0]], [[0, 0], [0, 0]], [[1, 1], [1, 1]]]
+    batches = [{"completion_mask": torch.ones(2, 2), "taught": torch.tensor(mask).bool()} for mask in masks]
+    count_steps(batches, 2, torch.device("cpu"))
+    assert [float(one["taught_in_step"]) for one in batches] == [4, 4, 4, 4]
+    count_steps(batches, 1, torch.device("cpu"))
+    assert [float(one["taught_in_step"]) for one in batches] == [3, 1, 0, 4]
+    assert [float(one["tokens_in_step"]) for one in batches] == [4, 4, 4, 4]
+
+
+def test_a_step_that_teaches_nothing_has_no_loss_to_log():
+    """A 0 would read as a student that has met its teacher."""
+    tally, taught = Tally(), torch.tensor([[True, False]])
+    tally.add(torch.tensor(3.0), taught, torch.ones(1, 2))
+    tally.add(torch.tensor(1.0), taught, torch.ones(1, 2))
+    assert tally.figures(torch.device("cpu")) == {"share": 0.5, "loss": 2.0}
+    tally.add(torch.tensor(0.0), ~taught & taught, torch.ones(1, 2))
+    assert tally.figures(torch.device("cpu")) == {"share": 0.0}
+
+
+def test_names_of_losses_are_those_of_trl():
+    """A loss that TRL learned or lost would be refused, or taken, by a list that nobody looks at."""
+    fields = {field.name: field for field in dataclasses.fields(GRPOConfig)}
+    said = fields["loss_type"].metadata["help"]
+    assert set(re.findall(r"'(\w+)'", said.split(". ")[1])) == set(NAMES["loss_type"])
+    assert all(name in fields and fields[name].default in known for name, known in NAMES.items())
+    assert set(UNREAD_BY_NFT) <= set(fields)

@@ -12,13 +12,13 @@ import yaml
 from conftest import make_model, make_tokenizer
 from training import WORDS
 
-from hfkd.recipe import RecipeError, load_recipe
+from hfkd.recipe import Recipe, RecipeError, load_recipe
 from hfkd.recipe.reinforcement import ReinforcementSection
 from hfkd.reinforcement.config import KINDS, POLICY_LOSSES, KDRLConfig
 from hfkd.reinforcement.masks import PLACES
 from hfkd.run import run_recipe
-from hfkd.run.build import build
-from hfkd.run.reinforce import make_reward_config
+from hfkd.run.build import build, settings_of
+from hfkd.run.reinforce import full_objective, make_reward_config
 
 BASE = {
     "student": {"model": "org/small", "lora": {"r": 4}},
@@ -46,7 +46,6 @@ def recipe_file(tmp_path: Path) -> Path:
     ("override", "message"),
     [
         ("reinforcement.verifier=exactly", "there is no verifier 'exactly'"),
-        ("reinforcement.num_generations=3", "a step has 8 answers"),
         ("reinforcement.estimator=k1", "reinforcement.estimator"),
         ("reinforcement.distillation_weight=-1", "reinforcement.distillation_weight"),
         (
@@ -64,6 +63,9 @@ def recipe_file(tmp_path: Path) -> Path:
         ("teacher.kind=none", "is above 0, and teacher.kind is none"),
         ("training.eval_strategy=steps", "isn't evaluated while it trains"),
         ("loss={terms: [{kind: forward_kl}]}", "estimates the reverse KL and no other terms"),
+        ("training.padding_free=true", "isn't read by a rewarded run"),
+        ("training.log_agreement=true", "isn't read by a rewarded run"),
+        ("training.log_gradient_norms=true", "isn't read by a rewarded run"),
     ],
 )
 def test_what_cant_work_is_found_when_the_recipe_is_read(recipe_file, override, message):
@@ -71,6 +73,53 @@ def test_what_cant_work_is_found_when_the_recipe_is_read(recipe_file, override, 
     with pytest.raises(RecipeError) as caught:
         load_recipe(recipe_file, [override])
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("reinforcement.num_generations=3", "a step has 8 answers"),
+        ("reinforcement.options={generation_batch_size: 7}", "generation_batch_size"),
+        ("reinforcement.options={reward_weights: [3, 2]}", "there is one verifier"),
+        ("reinforcement.options={loss_type: foo}", "loss_type is 'foo'"),
+        ("reinforcement.options={epsilon: -1}", "epsilon is -1"),
+        ("reinforcement.options={top_entropy_quantile: 5}", "from 0 to 1"),
+        ("reinforcement={verifier: exact, num_generations: 4, policy_loss: nft, options: {beta: 0.1}}", "nft doesn't"),
+        ("training.label_smoothing_factor=0.1", "label_smoothing_factor"),
+    ],
+)
+def test_settings_of_a_reward_are_checked_when_a_run_is_built(recipe_file, override, message):
+    """Each of these would otherwise be told after the student was loaded and asked, in the first step, or never."""
+    recipe = load_recipe(recipe_file, [override])
+    with pytest.raises(RecipeError) as caught:
+        build(recipe, dry=True)
+    assert message in str(caught.value)
+
+
+def test_a_rewarded_run_is_evaluated_whatever_its_steps_were(recipe_file):
+    """Training alone needs whole groups; the recipe of a run by two processes is evaluated by one."""
+    recipe = load_recipe(recipe_file, ["training.per_device_train_batch_size=2"])
+    with pytest.raises(RecipeError, match="a step has 2 answers"):
+        settings_of(recipe)
+    assert settings_of(recipe, trains=False).recipe is recipe
+
+
+@pytest.mark.parametrize(
+    ("overrides", "temperature", "chunk_size"),
+    [
+        ([], 0.5, None),
+        (["loss={terms: [{kind: reverse_kl}], chunk_size: 64}"], 0.5, 64),
+        (["loss={terms: [{kind: reverse_kl, temperature: 2.0}], chunk_size: 64}"], 2.0, 64),
+    ],
+)
+def test_the_full_term_is_measured_where_the_answers_are_drawn(recipe_file, overrides, temperature, chunk_size):
+    """k2 and full would estimate different divergences in one table."""
+    settings = ["reinforcement.estimator=full", "data.generation.temperature=0.5"]
+    recipe = load_recipe(recipe_file, [*overrides, *settings])
+    for one in (recipe, Recipe.model_validate(recipe.resolved())):
+        objective = full_objective(build(one, dry=True))
+        (term,) = objective.terms
+        assert term.loss.temperature == temperature and objective.chunk_size == chunk_size
 
 
 def test_a_resolved_recipe_is_a_recipe(recipe_file):

@@ -137,6 +137,23 @@ def test_what_is_measured_is_never_drawn() -> None:
         assert not drawn & measured and len(drawn | measured) == 21
 
 
+def test_what_is_measured_in_one_domain_is_drawn_in_no_other() -> None:
+    """One set of questions in two styles of answer: a prompt that the other domain teaches is measured by memory."""
+    asked = [f"question {number}" for number in range(16)]
+    both = [{"prompt": text, "completion": name, "domain": name} for name in ("long", "short") for text in asked]
+    for seed in range(4):
+        sampler = DomainSampler(examples=3)
+        sampler.attach(dataset(both), seed=seed, examples_per_step=4)
+        measured = {sampler.dataset.row(index)["prompt"] for some in sampler.held_out for index in some}
+        drawn = {sampler.dataset.row(index)["prompt"] for epoch in range(9) for index in sampler.order(epoch)}
+        assert [len(some) for some in sampler.held_out] == [3, 3] and not drawn & measured
+        assert len(sampler) == 2 * (16 - len(measured)) and len(drawn | measured) == 16
+    hidden = [row for row in both if row["prompt"] in asked[:4]]
+    with pytest.raises(ValueError, match="asks what other domains ask"):
+        for seed in range(64):  # of 4 prompts 2 are set aside in each domain: the others, for some seed
+            DomainSampler(examples=2).attach(dataset(hidden), seed=seed, examples_per_step=4)
+
+
 def test_draws_are_a_function_of_seed_and_epoch() -> None:
     """Processes that draw differently learn a batch that nobody asked for; epochs that draw alike learn half."""
     first, second = attached(), attached()

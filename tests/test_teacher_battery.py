@@ -20,6 +20,7 @@ from hfkd.cache import Hidden, Sampled, TopK
 from hfkd.teachers import (
     CachedTeacher,
     CrossTokenizerTeacher,
+    EarlyExitTeacher,
     EmaTeacher,
     LocalTeacher,
     MixtureTeacher,
@@ -53,6 +54,8 @@ KINDS: dict[str, tuple[Callable[[dict], Teacher], dict[str, Any]]] = {
     "frozen_copy": (lambda caches: SelfTeacher("frozen_copy"), {}),
     "ema": (lambda caches: EmaTeacher(0.5), {}),
     "ema_adapter": (lambda caches: EmaTeacher(0.5), {"peft_config": lora}),
+    "early_exit": (lambda caches: EarlyExitTeacher(1, weights="live"), {"peft_config": lora}),
+    "early_exit_fitted": (lambda caches: EarlyExitTeacher(1, "trained", 3, True, "live"), {"peft_config": lora}),
     "snapshot": (lambda caches: SnapshotTeacher(every=1), {"peft_config": lora}),
     "cached_hidden": (lambda caches: CachedTeacher(caches["hidden"]), {}),
     "cached_top_k": (lambda caches: CachedTeacher(caches["top_k"]), {}),

@@ -79,7 +79,7 @@ def linear(places: list[int], factors: list[float]) -> LinearModel:
 
 
 def made(rows: list[dict], builder: PromptBuilder, student: nn.Module, teacher: nn.Module, **settings) -> list[dict]:
-    shop = {name: settings.pop(name) for name in ("held_out", "folder") if name in settings}
+    shop = {name: settings.pop(name) for name in ("held_out", "demonstrations", "folder") if name in settings}
     return ConfounderRows(**settings).apply(rows, Workshop(student, LocalTeacher(teacher), builder, **shop))
 
 
@@ -248,6 +248,14 @@ def test_a_copy_that_asks_a_held_out_question_is_left_out(builder):
     held_out = [{"prompt": plain[1]["prompt"].upper(), "completion": "x"}]
     found = made([ROW], builder, make_model(seed=0), make_model(seed=1), share=0.2, held_out=held_out)
     assert found == [plain[0], *plain[2:]]
+
+
+def test_a_copy_that_asks_what_a_demonstration_answers_is_left_out(builder):
+    """Prevents a question whose answer the teacher's prompt shows: the teacher would copy it."""
+    plain = made([ROW], builder, make_model(seed=0), make_model(seed=1), share=0.2)
+    shown = [{"prompt": plain[1]["prompt"], "completion": "x"}]
+    found = made([ROW], builder, make_model(seed=0), make_model(seed=1), share=0.2, demonstrations=shown)
+    assert len(plain) > 1 and found == [plain[0], *plain[2:]]
 
 
 def test_one_word_is_not_taken_out_of_nothing(builder):

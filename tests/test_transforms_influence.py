@@ -161,8 +161,31 @@ def test_a_resumed_run_reads_what_was_found(builder, tmp_path: Path, monkeypatch
     assert not taken
     other = InfluenceWeights().apply(ROWS[:4], workshop(builder, adapted(seed=3), folder=tmp_path))
     assert len(taken) == 4 + len(CLEAN) and other != first
-    (tmp_path / "transforms" / "influence.safetensors").write_bytes(b"half a file")
+    for kept in (tmp_path / "transforms").glob("influence-*.safetensors"):
+        kept.write_bytes(b"half a file")
     assert InfluenceWeights().apply(ROWS[:4], workshop(builder, adapted(), folder=tmp_path)) == first
+
+
+def test_two_of_one_kind_keep_their_own_figures(builder, tmp_path: Path, monkeypatch):
+    """Prevents that each of two transforms overwrites what the other found, so that all is paid again at a resume; and
+    that other settings are read into old figures.
+    """
+    other, teacher = {"held_out": ROWS[8:12]}, LocalTeacher(make_model(seed=1))
+    calls = [({}, {}), ({}, other), ({"projection": 64}, {}), ({"loss": "forward_kl"}, {"teacher": teacher})]
+    calls += [({"projection": 64}, {"seed": 5})]
+
+    def found() -> list[list[float]]:
+        return [
+            weights(
+                InfluenceWeights(**settings).apply(ROWS[:4], workshop(builder, adapted(), folder=tmp_path, **shop))
+            )
+            for settings, shop in calls
+        ]
+
+    first = found()
+    assert len({tuple(one) for one in first}) == len(calls) and len(list((tmp_path / "transforms").iterdir())) == 5
+    monkeypatch.setattr(influence._Reader, "gradient", None)
+    assert found() == first
 
 
 def test_the_student_is_left_as_it_was(builder, tmp_path: Path):
@@ -206,6 +229,8 @@ def test_weights_reach_the_loss(builder, tmp_path: Path):
         ({"highest": 0.5}, "highest is 0.5"),
         ({"clean": 0}, "clean is 0"),
         ({"projection": 0}, "projection is 0"),
+        ({"max_length": 0}, "max_length is 0"),
+        ({"max_length": 64.0}, "max_length is 64.0"),
         ({"path": "no_such.jsonl"}, "no such file"),
         ({"loss": "cros_entropy"}, "There is no loss"),
         ({"loss": "hidden_mse"}, "would stand alone|reads hidden states"),
@@ -215,6 +240,12 @@ def test_what_cannot_be_is_refused_when_it_is_made(settings, words):
     """Prevents a fault that shows only after the models were loaded."""
     with pytest.raises(ValueError, match=words):
         InfluenceWeights(**settings)
+
+
+@pytest.mark.parametrize("path", ["org/data.v2", "https://some.where/clean.jsonl", "reasoning_gym:chain_sum"])
+def test_clean_rows_that_are_no_file_here(path):
+    """Prevents that an id of the hub with a dot in it, or an address, is taken for a file that is missing."""
+    assert InfluenceWeights(path=path).path == path
 
 
 def test_what_it_asks_for_follows_from_its_settings():

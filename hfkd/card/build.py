@@ -18,7 +18,7 @@ from hfkd.card.limits import limits, teacher_figure
 from hfkd.card.markdown import Markdown, block, bullets, code, code_cell, joined, plain, table
 from hfkd.card.marker import marked
 from hfkd.card.metadata import licence, licence_words, metadata
-from hfkd.card.methods import methods_lines
+from hfkd.card.methods import method_papers, methods_lines
 from hfkd.card.objective import cited, temperatures, term_lines, terms_of
 from hfkd.card.reading import count, section, text
 from hfkd.card.results import (
@@ -209,7 +209,8 @@ def _bibtex(run: Mapping[str, Any], ids: list[str]) -> Markdown:
     answer = section(run, "recipe.data").get("answer")
     if answer == "student" or (isinstance(answer, Mapping) and answer.get("student")):
         found.append(GKD)
-    found += {"ema": ["1703.01780"], "snapshot": ["2006.12000"]}.get(kind, [])
+    found += {"ema": ["1703.01780"], "snapshot": ["2006.12000"], "early_exit": ["2406.09719"]}.get(kind, [])
+    found += method_papers(run)
     if has_adapter(run):
         found.append(LORA)
     cited_papers = bibtex(found)

@@ -37,6 +37,12 @@ PAPERS: dict[str, Paper] = {
         "learning results",
         2017,
     ),
+    "1908.01851": Paper(
+        "hahn2019self",
+        "Hahn, Sangchul and Choi, Heeyoul",
+        "Self-Knowledge Distillation in Natural Language Processing",
+        2019,
+    ),
     "1909.10351": Paper(
         "jiao2019tinybert",
         "Jiao, Xiaoqi and others",
@@ -48,6 +54,12 @@ PAPERS: dict[str, Paper] = {
         "Sanh, Victor and Debut, Lysandre and Chaumond, Julien and Wolf, Thomas",
         "DistilBERT, a distilled version of BERT: smaller, faster, cheaper and lighter",
         2019,
+    ),
+    "2002.08484": Paper(
+        "pruthi2020estimating",
+        "Pruthi, Garima and others",
+        "Estimating Training Data Influence by Tracing Gradient Descent",
+        2020,
     ),
     "2002.10957": Paper(
         "wang2020minilm",
@@ -64,6 +76,18 @@ PAPERS: dict[str, Paper] = {
     "2106.09685": Paper(
         "hu2021lora", "Hu, Edward J. and others", "LoRA: Low-Rank Adaptation of Large Language Models", 2021
     ),
+    "2212.08349": Paper(
+        "li2022swing",
+        "Li, Junzhuo and others",
+        "Swing Distillation: A Privacy-Preserving Knowledge Distillation Framework",
+        2022,
+    ),
+    "2305.14890": Paper(
+        "nix2023hard",
+        "Nix, Arne and Burg, Max F. and Sinz, Fabian H.",
+        "HARD: Hard Augmentations for Robust Distillation",
+        2023,
+    ),
     "2306.08543": Paper(
         "gu2023minillm",
         "Gu, Yuxian and Dong, Li and Wei, Furu and Huang, Minlie",
@@ -76,29 +100,36 @@ PAPERS: dict[str, Paper] = {
         "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes",
         2023,
     ),
-    "2402.03300": Paper(
-        "shao2024deepseekmath",
-        "Shao, Zhihong and others",
-        "DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models",
-        2024,
-    ),
-    "2505.18116": Paper(
-        "chen2025bridging",
-        "Chen, Huayu and others",
-        "Bridging Supervised Learning and Reinforcement Learning in Math Reasoning",
-        2025,
-    ),
-    "2506.02208": Paper(
-        "xu2025kdrl",
-        "Xu, Hongling and others",
-        "KDRL: Post-Training Reasoning LLMs via Unified Knowledge Distillation and Reinforcement Learning",
-        2025,
-    ),
     "2307.15190": Paper(
         "wen2023fdivergence",
         "Wen, Yuqiao and others",
         "f-Divergence Minimization for Sequence-Level Knowledge Distillation",
         2023,
+    ),
+    "2308.01825": Paper(
+        "yuan2023scaling",
+        "Yuan, Zheng and others",
+        "Scaling Relationship on Learning Mathematical Reasoning with Large Language Models",
+        2023,
+    ),
+    "2309.17134": Paper(
+        "carrino2023promoting",
+        "Carrino, Casimiro Pio and Escolano, Carlos and Fonollosa, Jose A. R.",
+        "Promoting Generalized Cross-lingual Question Answering in Few-resource Scenarios via Self-knowledge "
+        "Distillation",
+        2023,
+    ),
+    "2311.08213": Paper(
+        "li2023unlock",
+        "Li, Xinwei and others",
+        "Unlock the Power: Competitive Distillation for Multi-Modal Large Language Models",
+        2023,
+    ),
+    "2402.03300": Paper(
+        "shao2024deepseekmath",
+        "Shao, Zhihong and others",
+        "DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models",
+        2024,
     ),
     "2402.03898": Paper(
         "ko2024distillm",
@@ -124,17 +155,53 @@ PAPERS: dict[str, Paper] = {
         "Logit Standardization in Knowledge Distillation",
         2024,
     ),
+    "2403.07854": Paper(
+        "benbaruch2024distilling", "Ben-Baruch, Emanuel and others", "Distilling the Knowledge in Data Pruning", 2024
+    ),
     "2404.02657": Paper(
         "wu2024rethinking",
         "Wu, Taiqiang and others",
         "Rethinking Kullback-Leibler Divergence in Knowledge Distillation for Large Language Models",
         2024,
     ),
+    "2406.09719": Paper(
+        "park2024self", "Park, Hancheol and others", "Self-Knowledge Distillation for Learning Ambiguity", 2024
+    ),
     "2406.14208": Paper(
         "wang2024secokd",
         "Wang, Weixing and others",
         "SeCoKD: Aligning Large Language Models for In-Context Learning with Fewer Shots",
         2024,
+    ),
+    "2407.16154": Paper(
+        "liu2024ddk",
+        "Liu, Jiaheng and others",
+        "DDK: Distilling Domain Knowledge for Efficient Large Language Models",
+        2024,
+    ),
+    "2411.08028": Paper(
+        "li2024learning",
+        "Li, Juanhui and others",
+        "Learning with Less: Knowledge Distillation from Large Language Models via Unlabeled Data",
+        2024,
+    ),
+    "2505.18116": Paper(
+        "chen2025bridging",
+        "Chen, Huayu and others",
+        "Bridging Supervised Learning and Reinforcement Learning in Math Reasoning",
+        2025,
+    ),
+    "2506.02208": Paper(
+        "xu2025kdrl",
+        "Xu, Hongling and others",
+        "KDRL: Post-Training Reasoning LLMs via Unified Knowledge Distillation and Reinforcement Learning",
+        2025,
+    ),
+    "2506.07851": Paper(
+        "guo2025learning",
+        "Guo, Yiju and others",
+        "Learning to Focus: Causal Attention Distillation via Gradient-Guided Token Pruning",
+        2025,
     ),
 }
 

@@ -20,7 +20,7 @@ from hfkd.card.results import accuracy_of, details_of, other_tasks, shots_of
 from hfkd.card.words import base_id, ingredients_of, is_adapter, is_part, short_name, title
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_OWN = ("self", "none", "ema", "snapshot")
+_OWN = ("self", "none", "ema", "snapshot", "early_exit")
 _TASK = {"task_type": "text-generation", "task_name": "Text generation"}
 _FIDELITY = (
     ("agreement", "token_agreement", "share of tokens with the teacher's likeliest token", "agreement_interval"),

@@ -8,6 +8,27 @@ from typing import Any
 from hfkd.card.markdown import Markdown, code, joined
 from hfkd.card.reading import count, entries, section, text, value
 
+_PAPERS = {
+    "domains": "2407.16154",
+    "hard_prompts": "2305.14890",
+    "prune": "2403.07854",
+    "influence": "2002.08484",
+    "confounders": "2506.07851",
+    "rejection": "2308.01825",
+    "rounds": "2311.08213",
+    "select": "2411.08028",
+    "teacher_quality": "2309.17134",
+    "correct": "2407.10068",
+    "private": "2212.08349",
+}
+
+
+def method_papers(run: Mapping[str, Any]) -> list[str]:
+    """The arXiv numbers of the methods that were used."""
+    parts = [*entries(run, "recipe.data.transforms"), section(run, "recipe.data.sampler")]
+    kinds = [text(part, "kind") for part in [*parts, *entries(run, "recipe.data.revise")]]
+    return [_PAPERS[kind] for kind in kinds if kind in _PAPERS]
+
 
 def methods_lines(run: Mapping[str, Any]) -> list[Markdown]:
     """One line for each sampler, transform and reviser of the recipe, and for a reward; empty without any."""

@@ -51,6 +51,8 @@ def _whose(teacher: Mapping[str, Any]) -> Markdown:
         every = value(teacher, "every")
         when = "at the end of the epoch before" if every == "epoch" else f"up to {every} steps before"
         return plain(f"the student as it was {when}")
+    if kind == "early_exit":
+        return plain("the student itself, as if it ended at a lower layer")
     revision = text(teacher, "revision")
     return Markdown(code(text(teacher, "model") or kind) + (f" at revision {code(revision)}" if revision else ""))
 
@@ -148,7 +150,7 @@ def _moving(teacher: Mapping[str, Any]) -> bool:
 
 
 def _is_live(teacher: Mapping[str, Any]) -> bool:
-    return text(teacher, "kind") == "self" and text(teacher, "weights") == "live"
+    return text(teacher, "kind") in ("self", "early_exit") and text(teacher, "weights") == "live"
 
 
 def moving_words(run: Mapping[str, Any], report: Mapping[str, Any]) -> str:

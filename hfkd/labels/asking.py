@@ -21,12 +21,14 @@ from hfkd.labels.plan import EndpointSection, GenerationSection
 from hfkd.labels.templates import FormatError
 
 _LONGEST_BACKOFF = 60.0
+_OF_THE_TEXT = ("format", "empty", "cut")  # another text of the same teacher may be better
+_OF_THE_QUESTION = ("refused", *_OF_THE_TEXT)  # they say nothing of the next question
 
 
 class Speaker(Protocol):
     """What is asked: `hfkd.labels.endpoint.Endpoint`."""
 
-    def ask(self, messages: Sequence[Mapping[str, Any]], temperature: float, seed: int | None) -> Reply:
+    def ask(self, messages: Sequence[Mapping[str, Any]], generation: GenerationSection) -> Reply:
         """Ask once; raises Fault or EndpointError."""
 
 
@@ -42,11 +44,13 @@ class Question:
         messages: The conversation.
         read: From the text to what is wanted; raises FormatError.
         sample: Which of several texts to the same conversation this is.
+        generation: How the text is written; None as the plan's labels are.
     """
 
     messages: Sequence[Mapping[str, Any]]
     read: Callable[[str], Any]
     sample: int = 0
+    generation: GenerationSection | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ class Asker:
         speaker: The endpoint.
         ledger: What is known, and where answers go.
         settings: Attempts, threads, waits, price and budget.
-        generation: Temperatures and seed.
+        generation: How texts are written, unless a question says otherwise.
         pace: Holds requests back.
         say: Takes a line of progress.
 
@@ -97,7 +101,6 @@ class Asker:
         self.run = Totals()
         self._lock = threading.Lock()
         self._failures = 0
-        self._asked_settings = generation.model_dump()
 
     def ask_all(self, questions: Sequence[Question], what: str) -> list[Outcome]:
         """Ask, several at a time; equal questions once.
@@ -143,7 +146,11 @@ class Asker:
         return (totals.prompt_tokens * price.prompt + totals.completion_tokens * price.completion) / 1e6
 
     def _key(self, question: Question) -> str:
-        return question_key(self.settings.model, question.messages, self._asked_settings, question.sample)
+        written = self._written(question).model_dump()
+        return question_key(self.settings.model, question.messages, written, question.sample)
+
+    def _written(self, question: Question) -> GenerationSection:
+        return question.generation or self.generation
 
     def _known(self, key: str, question: Question) -> Outcome | None:
         entry = self.ledger.answers.get(key)
@@ -184,10 +191,12 @@ class Asker:
         return self._given_up(entry, last)
 
     def _answered(self, entry: Entry, question: Question, attempt: int) -> Outcome:
-        generation = self.generation
-        temperature = max(generation.temperature, generation.temperature_again) if attempt else generation.temperature
-        seed = None if generation.seed is None else generation.seed + 1000 * question.sample + attempt
-        reply = self.speaker.ask(question.messages, temperature, seed)
+        """One attempt: warmer after a bad text, and as before where only the endpoint failed."""
+        wanted, again = self._written(question), any(kind in entry.faults for kind in _OF_THE_TEXT)
+        temperature = max(wanted.temperature, wanted.temperature_again) if again else wanted.temperature
+        seed = None if wanted.seed is None else wanted.seed + 1000 * question.sample + attempt
+        wanted = wanted.model_copy(update={"temperature": temperature, "seed": seed})
+        reply = self.speaker.ask(question.messages, wanted)
         self._tokens(entry, (reply.prompt_tokens, reply.completion_tokens))
         entry.malformed = reply.text
         value = question.read(reply.text)
@@ -198,11 +207,19 @@ class Asker:
         return Outcome(value)
 
     def _given_up(self, entry: Entry, kind: str) -> Outcome:
+        """Note it, and stop at too many in a row.
+
+        A run that is repeated asks again what was given up before, one after the other now, however far apart they
+        are in the source: such a question counts only while the endpoint answers none.
+        """
+        before = self.ledger.failed.get(entry.key, set())
+        again = kind in _OF_THE_QUESTION and not before.isdisjoint(_OF_THE_QUESTION)
+        expected = again and bool(self.ledger.answers)
         self._write(entry)
         with self._lock:
-            self._failures += 1
+            self._failures += not expected
             failures = self._failures
-        if failures >= self.settings.give_up_after:
+        if not expected and failures >= self.settings.give_up_after:
             raise EndpointError(
                 f"{failures} questions in a row were given up; the last: {entry.reason}. What was answered is kept; "
                 "mend the endpoint or the template and run the same command again (endpoint.give_up_after: "

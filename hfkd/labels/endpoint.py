@@ -72,15 +72,13 @@ class Endpoint:
 
     Args:
         settings: Where it is and how long a request may take.
-        generation: How it writes.
 
     Raises:
         EndpointError: The key isn't in the environment, or the package `openai` isn't installed.
     """
 
-    def __init__(self, settings: EndpointSection, generation: GenerationSection) -> None:
+    def __init__(self, settings: EndpointSection) -> None:
         self.settings = settings
-        self.generation = generation
         self._key = find_key(settings)
         try:
             from openai import OpenAI
@@ -95,13 +93,12 @@ class Endpoint:
         if not (urlsplit(settings.url).hostname or "").endswith("openai.com"):
             self._client.organization = self._client.project = None  # of the environment, and nobody else's business
 
-    def ask(self, messages: Sequence[Mapping[str, Any]], temperature: float, seed: int | None) -> Reply:
+    def ask(self, messages: Sequence[Mapping[str, Any]], generation: GenerationSection) -> Reply:
         """Ask once.
 
         Args:
             messages: A conversation that ends with the user.
-            temperature: 0 is greedy.
-            seed: Sent where it isn't None; not every endpoint heeds it.
+            generation: How the text is written. What is None isn't sent; not every endpoint heeds a seed.
 
         Raises:
             Fault: There is no text, or only part of one.
@@ -109,27 +106,26 @@ class Endpoint:
         """
         import openai
 
-        generation = self.generation
         limit = {} if "max_completion_tokens" in generation.extra else {"max_tokens": generation.max_tokens}
-        options = {"top_p": generation.top_p, "seed": seed, "stop": generation.stop or None}
+        options = {"top_p": generation.top_p, "seed": generation.seed, "stop": generation.stop or None}
         try:
             reply = self._client.chat.completions.create(
                 model=self.settings.model,
                 messages=list(messages),
-                temperature=temperature,
+                temperature=generation.temperature,
                 extra_body={**limit, **generation.extra},
                 **{name: value for name, value in options.items() if value is not None},
             )
         except (openai.OpenAIError, ValueError) as error:  # ValueError: a body that is no JSON
             raise self._fault(error) from None
-        return self._read(reply)
+        return self._read(reply, generation.max_tokens)
 
     def close(self) -> None:
         """Close its connections."""
         self._client.close()
 
-    def _read(self, reply: Any) -> Reply:
-        """The text of a reply.
+    def _read(self, reply: Any, max_tokens: int) -> Reply:
+        """The text of a reply to a request that allowed so many tokens.
 
         The client checks no types: whatever the endpoint sent stands where it put it.
         """
@@ -142,7 +138,7 @@ class Endpoint:
         if text is not None and not isinstance(text, str):
             raise Fault("malformed", f"the content is {self._words(text)}; expected a text", usage=usage)
         if reason == "length":
-            raise Fault("cut", f"it didn't end within {self.generation.max_tokens} tokens", usage=usage)
+            raise Fault("cut", f"it didn't end within {max_tokens} tokens", usage=usage)
         if reason == "content_filter":
             raise Fault("refused", "the endpoint's content filter held it back", again=False, usage=usage)
         if not text or not text.strip():

@@ -43,6 +43,8 @@ class ExtractionTemplate(Template):
         a row of its own, whose answer alone is learned, while theirs are turns of one conversation for each passage.
     """
 
+    together = False  # what one sample didn't find is learned as absent, beside the one that found it
+
     def __init__(
         self,
         instruction: str | None = None,

@@ -5,17 +5,24 @@ A filter reads answers and says which stay; what becomes of rows that lose all o
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import ValidationError
+
 from hfkd.data.messages import prompt_messages, text_of
 from hfkd.data.verify import as_verifier
-from hfkd.eval.answers import extract_last_number, extract_yes_no
+from hfkd.eval.answers import extract_yes_no
 from hfkd.labels.asking import Outcome, Question
+from hfkd.labels.plan import GenerationSection
 from hfkd.labels.templates import Answer, FormatError, check_places, compiled, fill
+from hfkd.recipe.source import explain
+
+_NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?!\w)")
 
 Ask = Callable[[Sequence[Question]], list[Outcome]]
 """Asks the teacher; an outcome for each question, in their order."""
@@ -163,9 +170,17 @@ class SelfEvaluationFilter(Filter):
             or for a grade.
         grades: None for yes or no; else the best grade, 1 being the worst.
         least: With grades, the smallest that is kept.
+        generation: How a verdict is written: keys as in the plan's `generation`, of which nothing is taken over. What
+            isn't given is 64 tokens, temperature 0 and no stop strings.
     """
 
-    def __init__(self, instruction: str | None = None, grades: int | None = None, least: int | None = None) -> None:
+    def __init__(
+        self,
+        instruction: str | None = None,
+        grades: int | None = None,
+        least: int | None = None,
+        generation: dict | None = None,
+    ) -> None:
         if (grades is None) != (least is None) or (grades is not None and not (grades >= 2 and 1 < least <= grades)):
             raise ValueError(
                 f"grades is {grades} and least {least}; expected neither (yes or no), or least from 2 to grades"
@@ -178,6 +193,7 @@ class SelfEvaluationFilter(Filter):
         self.instruction = instruction or f"A task:\n{{prompt}}\n\nAn answer to it:\n{{answer}}\n\n{ending}"
         check_places("instruction", self.instruction, ("answer",), ("prompt",))
         self.grades, self.least = grades, least
+        self.generation = _verdicts(generation)
 
     def judge(self, rows: Sequence[Labelled], ask: Ask) -> list[list[str]]:
         """Ask about all answers at once."""
@@ -187,7 +203,7 @@ class SelfEvaluationFilter(Filter):
     def _question(self, row: Mapping[str, Any], answer: Answer) -> Question:
         task = "\n\n".join(text_of(message.get("content")) for message in prompt_messages(row))
         content = fill(self.instruction, prompt=task, answer=answer.completion)
-        return Question([{"role": "user", "content": content}], self._verdict)
+        return Question([{"role": "user", "content": content}], self._verdict, generation=self.generation)
 
     def _verdict(self, text: str) -> int:
         """1 for yes and 0 for no, or the grade.
@@ -200,10 +216,11 @@ class SelfEvaluationFilter(Filter):
             if word is None:
                 raise FormatError("there is no yes or no in the verdict")
             return int(word == "yes")
-        number = extract_last_number(text.split("/")[0])
-        if number is None or not number.isdigit() or not 1 <= int(number) <= self.grades:
-            raise FormatError(f"there is no grade from 1 to {self.grades} in the verdict")
-        return int(number)
+        scale = rf"\b1\s*(?:to|-|–)\s*{self.grades}\b|(?:/|\bout of\b|\bof\b)\s*{self.grades}\b"
+        numbers = [float(found) for found in _NUMBER.findall(re.sub(scale, " ", text, flags=re.IGNORECASE))]
+        if len(numbers) != 1 or numbers[0] not in range(1, self.grades + 1):
+            raise FormatError(f"there is no grade from 1 to {self.grades} in the verdict, or another number beside it")
+        return int(numbers[0])
 
     def _fault(self, outcome: Outcome) -> str:
         if outcome.value is None:
@@ -211,6 +228,13 @@ class SelfEvaluationFilter(Filter):
         if outcome.value >= (1 if self.least is None else self.least):
             return ""
         return "the teacher calls it wrong" if self.grades is None else f"the teacher's grade is {outcome.value}"
+
+
+def _verdicts(given: dict[str, Any] | None) -> GenerationSection:
+    try:
+        return GenerationSection.model_validate({"max_tokens": 64, **(given or {})})
+    except ValidationError as error:
+        raise ValueError("; ".join(f"generation.{line}" for line in explain(error, GenerationSection))) from None
 
 
 FILTERS: dict[str, type[Filter]] = {

@@ -46,7 +46,7 @@ def label_rows(plan: LabelPlan, say: Callable[[str], None] = lambda line: None) 
         OSError: The folder can't be written to.
     """
     template, filters = make_template(plan), make_filters(plan)
-    endpoint = Endpoint(plan.endpoint, plan.generation)
+    endpoint = Endpoint(plan.endpoint)
     folder = Path(plan.output_dir)
     try_folder(folder)
     rows = list(load_rows(Source(**plan.data.model_dump()), require_completion=False))

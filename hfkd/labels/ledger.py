@@ -47,6 +47,11 @@ class Entry:
     uncounted: int = 0
     malformed: str | None = None
 
+    @property
+    def kind(self) -> str:
+        """The kind of the last fault; empty for an answer."""
+        return self.reason.partition(":")[0]
+
 
 @dataclass
 class Totals:
@@ -81,6 +86,7 @@ class Ledger:
 
     Attributes:
         answers: Entries with an answer, by key; the last of a key counts.
+        failed: Of questions that were asked and have none, the kinds of fault that they were left with, by key.
         totals: Over all lines.
 
     Raises:
@@ -90,6 +96,7 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.answers: dict[str, Entry] = {}
+        self.failed: dict[str, set[str]] = {}
         self.totals = Totals()
         self._lock = threading.Lock()
         self._whole_bytes = 0
@@ -127,8 +134,11 @@ class Ledger:
 
     def _take(self, entry: Entry) -> None:
         self.totals.add(entry)
-        if entry.text is not None:
+        if entry.text is None:
+            self.failed.setdefault(entry.key, set()).add(entry.kind)
+        else:
             self.answers[entry.key] = entry
+            self.failed.pop(entry.key, None)
 
 
 @contextmanager

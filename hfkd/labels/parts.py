@@ -26,9 +26,16 @@ def make_template(plan: LabelPlan) -> Template:
     """The template of a plan.
 
     Raises:
-        ValueError: There is no such class, or it refuses its arguments. So does the next one.
+        ValueError: There is no such class, or it refuses its arguments (so does the next one); or rows of several of
+            its answers would contradict each other, and all are to be kept.
     """
-    return _make("template", plan.template, TEMPLATES, Template)
+    template: Template = _make("template", plan.template, TEMPLATES, Template)
+    if plan.keep == "all" and not template.together:
+        raise ValueError(
+            f"keep: got all with the template {plan.template.kind}, whose samples would contradict each other in "
+            "rows of one passage; expected keep: first"
+        )
+    return template
 
 
 def make_filters(plan: LabelPlan) -> list[tuple[str, Filter]]:

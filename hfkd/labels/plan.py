@@ -45,7 +45,8 @@ class EndpointSection(Section):
     """Where the teacher is, and how it is treated. Times are in seconds.
 
     `api_key_env` names the environment variable that holds the key. `attempts` counts the first one. `give_up_after`
-    questions in a row without an answer end the run. `longest_wait` is the longest Retry-After that is waited for.
+    questions in a row without an answer end the run; one that was refused or written badly in an earlier run, and is
+    again, doesn't count. `longest_wait` is the longest Retry-After that is waited for.
     """
 
     url: Annotated[Text, BeforeValidator(_url)]
@@ -82,7 +83,7 @@ class EndpointSection(Section):
 
 
 class GenerationSection(Section):
-    """How the teacher writes. `temperature_again` is used, if it is the higher one, when a question is asked again.
+    """How the teacher writes. `temperature_again` is used, if it is the higher one, after a text that was bad.
 
     `extra` goes into the body of each request as it is, for what an endpoint has of its own.
     """

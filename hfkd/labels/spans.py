@@ -6,6 +6,7 @@ Knows texts and sets; who wrote the texts is known elsewhere.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -77,18 +78,23 @@ def read_spans(text: str) -> list[str]:
 
 
 def read_list(text: str) -> list[Any]:
-    """The first JSON list of a text.
+    """The first JSON list of a text; other words in brackets before it are left out.
 
     Raises:
-        ValueError: There is none, or it is cut off.
+        ValueError: There is none, or it is cut off: what lies within brackets that don't close isn't looked at.
     """
-    start = text.find("[")
-    if start < 0:
-        raise ValueError("there is no JSON list in it")
-    try:
-        return json.JSONDecoder().raw_decode(text, start)[0]
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"it has no valid JSON list: {error}") from None
+    reason, depth = "there is no JSON list in it", 0
+    for bracket in re.finditer(r"[\[\]]", text):
+        if bracket[0] == "]":
+            depth = max(0, depth - 1)
+            continue
+        if depth == 0:
+            try:
+                return json.JSONDecoder().raw_decode(text, bracket.start())[0]
+            except (ValueError, RecursionError) as error:
+                reason = f"it has no valid JSON list: {error}"
+        depth += 1
+    raise ValueError(reason)
 
 
 def span_f1(row: Mapping[str, Any], text: str) -> float:

@@ -9,7 +9,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from hfkd.data.load import CANONICAL
 from hfkd.data.messages import Message, has_messages, is_conversational, prompt_messages, text_of
@@ -70,7 +70,12 @@ class Template(ABC):
         system: A system message before it.
         examples: Worked examples, `{prompt, completion}` each: turns before the question. The completion is what the
             teacher should have written.
+
+    Attributes:
+        together: Whether a student can learn several answers to one row (`keep: all`).
     """
+
+    together: ClassVar[bool] = True
 
     def __init__(
         self, instruction: str = "{prompt}", system: str | None = None, examples: list[dict[str, str]] | None = None

@@ -64,9 +64,9 @@ def why_not(trainer: DistillationTrainer) -> str:
     if isinstance(teacher, CachedTeacher) and trainer.objective.needs:
         return "the teacher is read from a cache, so there is no model to run plainly"
     members = teacher.teachers.values() if isinstance(teacher, MixtureTeacher | RoutedTeacher) else [teacher]
-    known = all(isinstance(one, ModelTeacher) and not one.other_vocabulary for one in members)
+    known = all(isinstance(one, ModelTeacher) and one.writes and not one.other_vocabulary for one in members)
     if trainer.objective.needs and not known:
-        return f"{type(teacher).__name__} isn't a model that reads the student's ids"
+        return f"{type(teacher).__name__} isn't a whole model that reads the student's ids"
     return ""
 
 

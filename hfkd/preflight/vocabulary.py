@@ -59,7 +59,7 @@ def _words(recipe: Recipe) -> str:
     kinds = {section.kind for section in teachers_of(recipe).values()}
     if not kinds:
         return "There is no teacher, so the student's tokenizer stands alone"
-    if kinds <= {"self", "ema", "snapshot"}:
+    if kinds <= {"self", "ema", "snapshot", "early_exit"}:
         return "The teacher has the student's weights and reads its very tokens"
     return "The teacher is a class of your own; its tokenizer is compared when it is loaded"
 

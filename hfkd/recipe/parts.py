@@ -115,6 +115,7 @@ def _together(recipe: Recipe) -> Iterator[str]:
             "loss.terms: swing hides tokens that are marked as private, and data.revise is empty; add "
             "{kind: private}, or name the measure itself"
         )
+    yield from _transforms(recipe)
     weighs = any(section.kind == "influence" for section in data.transforms)
     if weighs and data.token_weights is not None and ":" in data.token_weights:
         yield (
@@ -125,6 +126,24 @@ def _together(recipe: Recipe) -> Iterator[str]:
         key = "data.sampler" if data.sampler is not None else "data.revise"
         yield f"{key}: a rewarded run draws its prompts and writes its texts by itself; leave this out"
     yield from _kept_alike(recipe)
+
+
+def _transforms(recipe: Recipe) -> Iterator[str]:
+    """What single transforms need of the teacher and of the evaluation, as they would say only when they work."""
+    kind = recipe.teacher.kind
+    for place, section in enumerate(recipe.data.transforms):
+        key = f"data.transforms.{place}"
+        if section.kind == "confounders" and kind not in ("local", "none") and not OWN_NAME.match(kind):
+            yield (
+                f"{key}: confounders holds the student against one other model that reads the same tokens, and "
+                f"teacher.kind is {kind}; set it to local"
+            )
+        clean = (section.model_extra or {}).get("path")
+        if section.kind == "influence" and clean is None and recipe.evaluation is None:
+            yield (
+                f"{key}: influence holds rows against clean ones, and there are none; give it a path, or the recipe "
+                "an evaluation section, whose held-out rows are read"
+            )
 
 
 def _kept_alike(recipe: Recipe) -> Iterator[str]:

@@ -5,7 +5,6 @@ loaded. One line per fault, as `hfkd.recipe.checks` gives for the rest.
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterator
 
 from hfkd.named import OWN_NAME
@@ -28,14 +27,27 @@ def reward_faults(recipe: Recipe) -> Iterator[str]:
     yield from _verifier(section)
     yield from _weights(recipe, section)
     yield from _answers(recipe)
-    yield from _groups(recipe, section)
     yield from _options(section)
-    terms = [term.model_dump(exclude_defaults=True) for term in recipe.loss.terms]
-    if "loss" in recipe.model_fields_set and section.estimator != "full" and terms != [{"kind": "reverse_kl"}]:
+    yield from _training(recipe)
+    if section.estimator != "full" and names_own_terms(recipe):
         yield (
             f"loss.terms: reinforcement.estimator is {section.estimator}, which estimates the reverse KL and no other "
             "terms; leave loss out, or set reinforcement.estimator: full"
         )
+
+
+def names_own_terms(recipe: Recipe) -> bool:
+    """Whether a rewarded recipe's loss is another one than what it has without that section."""
+    return [term.model_dump(exclude_defaults=True) for term in recipe.loss.terms] != [{"kind": "reverse_kl"}]
+
+
+def _training(recipe: Recipe) -> Iterator[str]:
+    """Settings of a distillation run that a rewarded one doesn't know, and that have no place in another section."""
+    for name in ("padding_free", "log_gradient_norms", "log_agreement"):
+        if recipe.training.get(name):
+            yield f"training.{name}: isn't read by a rewarded run; leave it out"
+    if str(recipe.training.get("eval_strategy", "no")).lower() not in ("no", "false"):
+        yield "training.eval_strategy: a rewarded run isn't evaluated while it trains; leave it out"
 
 
 def _verifier(section: ReinforcementSection) -> Iterator[str]:
@@ -93,25 +105,6 @@ def _answers(recipe: Recipe) -> Iterator[str]:
             f"data.prompt.stop: got {data.prompt.stop}; a rewarded answer ends at tokens, so expected single "
             'characters such as ["\\n"], or [] for the end that the student writes'
         )
-
-
-def _groups(recipe: Recipe, section: ReinforcementSection) -> Iterator[str]:
-    """A step draws whole groups; values of the wrong type are told elsewhere."""
-    names = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}  # defaults of TrainingArguments
-    batch, times = (recipe.training.get(name, default) for name, default in names.items())
-    if {"generation_batch_size", "steps_per_generation"} & set(section.options):
-        return
-    if not isinstance(batch, int) or not isinstance(times, int):
-        return
-    answers = batch * times * int(os.environ.get("WORLD_SIZE", "1"))
-    if answers % section.num_generations:
-        yield (
-            f"reinforcement.num_generations: got {section.num_generations}, and a step has {answers} answers "
-            "(training.per_device_train_batch_size times gradient_accumulation_steps times processes); expected a "
-            "divisor of that"
-        )
-    if str(recipe.training.get("eval_strategy", "no")).lower() not in ("no", "false"):
-        yield "training.eval_strategy: a rewarded run isn't evaluated while it trains; leave it out"
 
 
 def _options(section: ReinforcementSection) -> Iterator[str]:

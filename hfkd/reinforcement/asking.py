@@ -138,6 +138,12 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> list[in
     return sorted(found)
 
 
+def until_stop(text: str, stop: Sequence[str]) -> str:
+    """A text up to the first stop string, as an evaluation reads it."""
+    places = [place for place in (text.find(one) for one in stop) if place >= 0]
+    return text[: min(places, default=None)]
+
+
 def foreign_ends(teacher: Teacher | None, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> list[int]:
     """The end tokens with which the teacher doesn't end a text, so that it can't judge them.
 

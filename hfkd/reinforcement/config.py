@@ -8,9 +8,12 @@ from typing import Any
 
 from trl import GRPOConfig
 
-from hfkd.reinforcement.estimators import ESTIMATORS
+from hfkd.objective import Objective, build_objective
+from hfkd.reinforcement.estimators import ESTIMATORS, LikeliestReverseKL
 from hfkd.reinforcement.masks import PLACES
+from hfkd.reinforcement.policy import check_factor, check_policy, check_unread
 from hfkd.schedules import Schedule, all_values, constant_or_schedule
+from hfkd.signal import STATES
 
 FULL, TOP_K = "full", "top_k"
 KINDS = (*ESTIMATORS, FULL, TOP_K)
@@ -24,7 +27,8 @@ class KDRLConfig(GRPOConfig):
     Args:
         distillation_weight: Factor of the teacher's term: a number, or a schedule such as `{"schedule": "linear",
             "start": 0.005, "end": 0.001, "end_step": 80}`. 0 is TRL's GRPO, and the teacher isn't asked.
-        reward_weight: Factor of the reward's term, a number or a schedule too. 0 is distillation alone.
+        reward_weight: Factor of the reward's term, a number or a schedule too; of all that TRL's loss has, so also of
+            what `beta` and `entropy_coef` add, which a factor of 0 would take away: refused. 0 is distillation alone.
         estimator: What the teacher's term is: `k2` or `k3` of the drawn tokens, `full` over the whole vocabulary (any
             objective, the reverse KL by default), `top_k` over the student's likeliest ids.
         candidates: How many ids `top_k` reads.
@@ -32,7 +36,8 @@ class KDRLConfig(GRPOConfig):
             none.
         distil_where: Which answers the teacher teaches: `everywhere`, `wrong_responses` or `wrong_groups`.
         right_from: The least reward of a right answer, for `distil_where`.
-        policy_loss: `grpo`, with all that `loss_type` offers, or `nft`.
+        policy_loss: `grpo`, with all that `loss_type` offers, or `nft`, which reads none of the settings of TRL's loss
+            (`hfkd.reinforcement.policy.UNREAD_BY_NFT`): they are refused beside it.
         nft_floor: See `hfkd.reinforcement.nft`.
         max_length: The most tokens of the student's prompt and answer together.
         teacher_max_length: The same for the teacher's view; None takes `max_length`.
@@ -55,7 +60,8 @@ class KDRLConfig(GRPOConfig):
     def __post_init__(self) -> None:
         """Check what can't work."""
         super().__post_init__()
-        check_terms(self.distillation_weight, self.reward_weight)
+        distilled, rewarded = (all_values(one) for one in check_terms(self.distillation_weight, self.reward_weight))
+        check_policy(self)
         _one_of("estimator", self.estimator, KINDS)
         _one_of("distil_where", self.distil_where, PLACES)
         _one_of("policy_loss", self.policy_loss, POLICY_LOSSES)
@@ -63,6 +69,7 @@ class KDRLConfig(GRPOConfig):
         _above_zero("nft_floor", self.nft_floor)
         if self.log_ratio_limit is not None:
             _above_zero("log_ratio_limit", self.log_ratio_limit)
+        self._check_terms_together(teaches=max(distilled) > 0, least_reward=min(rewarded))
         if not 0 < self.right_from <= 1:
             raise ValueError(f"right_from is {self.right_from!r}; expected a reward above 0 and up to 1.")
         if self.remove_unused_columns:
@@ -71,6 +78,19 @@ class KDRLConfig(GRPOConfig):
             raise ValueError(
                 f"eval_strategy is {self.eval_strategy!r}; expected no: a rewarded training isn't evaluated while it "
                 "runs. Its log has the mean reward of every step; ask questions before and after."
+            )
+
+    def _check_terms_together(self, teaches: bool, least_reward: float) -> None:
+        """Refuse what one term would read and the other takes away, and steps whose tokens can't be counted."""
+        check_factor(self, least_reward)
+        if self.policy_loss == "nft":
+            check_unread(self, bounds_are_read=teaches and self.estimator in ESTIMATORS)
+        per_step = self.gradient_accumulation_steps
+        if (teaches or self.policy_loss == "nft") and self.steps_per_generation % per_step:
+            raise ValueError(
+                f"steps_per_generation is {self.steps_per_generation}, and gradient_accumulation_steps {per_step}; "
+                "expected a multiple of that: a mean over the tokens of a step needs all its answers before the first "
+                "of them is learned."
             )
 
 
@@ -93,6 +113,31 @@ def check_terms(distillation_weight: Any, reward_weight: Any) -> tuple[float | S
     if all(max(all_values(weight)) == 0 for weight in found):
         raise ValueError("distillation_weight and reward_weight are both 0; nothing would be learned.")
     return found[0], found[1]
+
+
+def objective_of(spec: Any, args: KDRLConfig) -> Objective:
+    """What the terms on whole distributions measure, at the temperature that the answers are drawn at.
+
+    Args:
+        spec: As `KDRLTrainer` takes it.
+        args: Its settings.
+
+    Raises:
+        ValueError: It isn't read, or reads hidden states.
+    """
+    if args.estimator != FULL and spec != "reverse_kl":
+        raise ValueError(
+            f"objective is given, and estimator is {args.estimator!r}; expected 'full', the one that measures an "
+            "objective of your own."
+        )
+    options = {"temperature": args.temperature, "scale_by_temperature_squared": False}
+    if args.estimator == TOP_K:
+        objective = build_objective([LikeliestReverseKL(args.candidates, **options)])
+    else:
+        objective = build_objective([{"kind": "reverse_kl", **options}] if spec == "reverse_kl" else spec)
+    if STATES in objective.needs:
+        raise ValueError("The objective reads hidden states, which aren't kept here; take losses on distributions.")
+    return objective
 
 
 def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:

@@ -27,17 +27,18 @@ from hfkd.distributed import run_inside, total_over_processes
 from hfkd.errors import VerifierError
 from hfkd.examples import as_views
 from hfkd.long_runs import LongRunTrainer
-from hfkd.objective import Objective, build_objective
-from hfkd.reinforcement.asking import foreign_ends, listening, log_probs_of, stop_ids, views_of
-from hfkd.reinforcement.config import FULL, TOP_K, KDRLConfig, check_terms
-from hfkd.reinforcement.estimators import ESTIMATORS, LikeliestReverseKL, bounded_ratio
+from hfkd.objective import Objective
+from hfkd.reinforcement.asking import foreign_ends, listening, log_probs_of, stop_ids, until_stop, views_of
+from hfkd.reinforcement.config import FULL, TOP_K, KDRLConfig, check_terms, objective_of
+from hfkd.reinforcement.drawn import Drawn, Tally, count_steps
+from hfkd.reinforcement.estimators import ESTIMATORS, bounded_ratio
 from hfkd.reinforcement.masks import taught_responses
 from hfkd.reinforcement.nft import nft_loss
 from hfkd.rollout.base import GenerationSettings
 from hfkd.rollout.on_policy import Mixture
 from hfkd.rows import DenseRows, Head, RowLayout, head_size, position_count
 from hfkd.schedules import Schedule, all_values
-from hfkd.signal import STATES, TeacherSignal
+from hfkd.signal import TeacherSignal
 from hfkd.student import check_head
 from hfkd.teachers import Teacher, as_teacher, evaluating
 from hfkd.zero import zero_stage
@@ -57,9 +58,10 @@ class KDRLTrainer(LongRunTrainer, GRPOTrainer):
     """Train a student by a reward and by a teacher, on answers that it draws itself.
 
     The loss is `reward_weight * L_policy + distillation_weight * L_teacher`. L_policy is TRL's GRPO, or NFT. L_teacher
-    is a mean over the taught tokens of the whole step, of all processes and accumulated batches; with a mask
+    is a mean over the taught tokens of the optimizer step, of all processes and accumulated batches; with a mask
     (`distil_where`) over those that are left, so that its weight keeps its meaning. Where earlier weights drew the
-    tokens (`num_iterations` above 1, vLLM), k2 and k3 count them by their bounded importance ratio.
+    tokens (`num_iterations` above 1, vLLM), k2 and k3 count them by their bounded importance ratio. A checkpoint
+    keeps the answers that are still to be learned from, so that a run goes on exactly from each of its steps.
 
     Args:
         model: The student: a causal LM or a PEFT model.
@@ -67,7 +69,7 @@ class KDRLTrainer(LongRunTrainer, GRPOTrainer):
             with the demonstrations and a row's `privileged_context`, so the student itself may be the teacher. One
             that moves is asked as it is at the moment.
         verifier: What says whether an answer is right: `exact`, `contains`, `reasoning_gym`, `package.module:function`
-            or a function of a row and a text, see `hfkd.data.verify`.
+            or a function of a row and a text, see `hfkd.data.verify`. It reads an answer up to its stop string.
         args: Settings; None takes the defaults.
         train_dataset: Rows with a `prompt` and what the verifier reads; their completions don't count. Or a
             `DistillationDataset`.
@@ -114,11 +116,11 @@ class KDRLTrainer(LongRunTrainer, GRPOTrainer):
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         args = args or KDRLConfig("trainer_output")
-        self.verifier = as_verifier(verifier)
+        self.verifier, self._drawn, self._tally = as_verifier(verifier), Drawn(self), Tally()
         has_adapter = peft_config is not None or hasattr(model, "peft_config")
         self.weights = check_terms(args.distillation_weight, args.reward_weight)
         self.teacher = as_teacher(teacher, has_adapter)
-        self.objective = _objective(objective, args)
+        self.objective = objective_of(objective, args)
         self._check_teacher(has_adapter)
         self.views: DistillationDataset = as_views(
             train_dataset,
@@ -229,16 +231,16 @@ class KDRLTrainer(LongRunTrainer, GRPOTrainer):
         """The verifier's word on answers.
 
         Args:
-            completions: The texts.
+            completions: The texts; the end token may hold a stop string, which is cut off with what follows it.
             asked: The place of each one's row.
 
         Raises:
             VerifierError: On all processes at once, with the row of the first fault.
         """
-        rewards, fault = [], None
+        rewards, fault, stop = [], None, self.views.builder.style.stop
         try:
             for place, text in zip(asked, completions, strict=True):
-                rewards.append(self.verifier(self.views.row(place), text))
+                rewards.append(self.verifier(self.views.row(place), until_stop(text, stop)))
         except VerifierError as error:
             fault = error
         faults = [one for one in gather_object([fault and str(fault)]) if one]
@@ -264,8 +266,24 @@ class KDRLTrainer(LongRunTrainer, GRPOTrainer):
         responses = taught_responses(rewards, self.args.distil_where, group, self.args.right_from)[here]
         known = ~torch.isin(output["completion_ids"], self._foreign)
         output["taught"] = responses[:, None] & output["completion_mask"].bool() & known
-        output["taught_in_batch"] = total_over_processes(float(output["taught"].sum()), rewards.device).float()
         return output
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        """As in TRL; where answers were drawn, the tokens of each step that learns from them are counted."""
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if self._buffered_inputs is not before:
+            count_steps(self._buffered_inputs, self.args.gradient_accumulation_steps, self.args.device)
+        return inputs
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        self._drawn.save(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._drawn.load(checkpoint)
 
     # --- the loss
 
@@ -291,18 +309,26 @@ class KDRLTrainer(LongRunTrainer, GRPOTrainer):
         return loss
 
     def _share_of_step(self, values: Tensor, tokens: Tensor) -> Tensor:
-        """A sum as this micro-batch's part of a mean over the tokens of the step, on all processes; TRL's `dapo`."""
-        window = self.current_gradient_accumulation_steps / self.args.steps_per_generation
-        return values / (tokens.clamp(min=1.0) / self.accelerator.num_processes * window)
+        """A sum as this micro-batch's part of a mean over the tokens of the step, on all processes."""
+        return values / (tokens.clamp(min=1.0) / self.accelerator.num_processes)
 
     def _nft(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+        mask, aux = inputs["completion_mask"], self.aux_loss_enabled
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
-        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-        new = self._get_per_token_logps_and_entropies(model, ids, mask, inputs["completion_ids"].shape[1])[0]
+        attended = torch.cat([inputs["prompt_mask"], mask], dim=1)
+        new, entropies, routing = self._get_per_token_logps_and_entropies(
+            model, ids, attended, mask.shape[1], compute_entropy=True, compute_aux_loss=aux
+        )
         old = inputs.get("old_per_token_logps")
         log_ratio = new - (new.detach() if old is None else old)
         values = nft_loss(log_ratio, inputs["rewards"], inputs["success"], self.args.nft_floor)
-        return self._share_of_step((values * inputs["completion_mask"]).sum(), inputs["num_items_in_batch"])
+        values = values * inputs.get("importance_sampling_ratio", 1.0)
+        entropy, tokens = total_over_processes([float((entropies * mask).sum()), float(mask.sum())], mask.device)
+        self._metrics["train"]["entropy"].append(float(entropy / tokens.clamp(min=1.0)))
+        loss = self._share_of_step((values * mask).sum(), inputs["tokens_in_step"])
+        if aux:  # of a mixture of experts, as TRL adds it
+            loss = loss + self.router_aux_loss_coef * routing / self.current_gradient_accumulation_steps
+        return loss
 
     def _distillation(self, model: nn.Module, inputs: Mapping[str, Any], said: _Said) -> Tensor:
         """The teacher's term, this micro-batch's part of its mean."""
@@ -320,8 +346,11 @@ class KDRLTrainer(LongRunTrainer, GRPOTrainer):
             if (drift := inputs.get("importance_sampling_ratio")) is not None:  # of vLLM's weights
                 values = values * drift.expand_as(taught)[taught]
             values = values.sum()
-        self._note(values.detach(), taught, inputs["completion_mask"])
-        return self._share_of_step(values, inputs["taught_in_batch"])
+        self._tally.add(values.detach(), taught, inputs["completion_mask"])
+        if self.accelerator.sync_gradients:  # the last micro-batch of the step
+            for name, figure in self._tally.figures(self.args.device).items():
+                self._metrics["train"][f"distillation/{name}"].append(figure)
+        return self._share_of_step(values, inputs["taught_in_step"])
 
     def _ask(self, model: nn.Module, inputs: Mapping[str, Any]) -> TeacherSignal:
         """The teacher's word, from within the wrapped student, whose weights may be its own."""
@@ -351,30 +380,5 @@ class KDRLTrainer(LongRunTrainer, GRPOTrainer):
         rows = DenseRows(said.hidden[taught], Head.of(self.accelerator.unwrap_model(model)))
         return self.objective(rows, signal, targets, layout=layout, own_text=True).total
 
-    def _note(self, value: Tensor, taught: Tensor, mask: Tensor) -> None:
-        """For the log: the term and the share of the tokens that are taught, over all processes."""
-        here = [float(value), float(taught.sum()), float(mask.sum())]
-        summed, tokens, all_tokens = total_over_processes(here, self.args.device).tolist()
-        figures = {"loss": summed / max(tokens, 1.0), "share": tokens / max(all_tokens, 1.0)}
-        for name, figure in figures.items():
-            self._metrics["train"][f"distillation/{name}"].append(figure)
-
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None: TRL would write one beside each checkpoint, in the place of hfkd's own."""
-
-
-def _objective(spec: Any, args: KDRLConfig) -> Objective:
-    """What the terms on whole distributions measure, at the temperature that the answers are drawn at."""
-    if args.estimator != FULL and spec != "reverse_kl":
-        raise ValueError(
-            f"objective is given, and estimator is {args.estimator!r}; expected 'full', the one that measures an "
-            "objective of your own."
-        )
-    options = {"temperature": args.temperature, "scale_by_temperature_squared": False}
-    if args.estimator == TOP_K:
-        objective = build_objective([LikeliestReverseKL(args.candidates, **options)])
-    else:
-        objective = build_objective([{"kind": "reverse_kl", **options}] if spec == "reverse_kl" else spec)
-    if STATES in objective.needs:
-        raise ValueError("The objective reads hidden states, which aren't kept here; take losses on distributions.")
-    return objective

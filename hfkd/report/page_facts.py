@@ -19,6 +19,7 @@ _OTHER_KINDS = {
     "none": "none: the student learned from the answers alone",
     "ema": "a moving average of the student's weights",
     "snapshot": "the student as it was some steps before",
+    "early_exit": "the student itself, as if it ended at a lower layer",
 }
 _SOURCES = {"hub": "Hugging Face hub", "folder": "a folder", "file": "a file", "generator": "a generator"}
 _NOT_SETTINGS = ("name", "kind", "weight", "formula", "paper")

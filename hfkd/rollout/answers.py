@@ -36,6 +36,7 @@ def teacher_answers(
     model_context: Callable[[], AbstractContextManager[nn.Module]] | None,
     path: Path,
     fingerprint: Mapping[str, Any],
+    writer: str = "teacher",
 ) -> list[str]:
     """Have the teacher answer each prompt, or read what it answered before.
 
@@ -51,6 +52,7 @@ def teacher_answers(
         path: The JSONL file; its folder is made if need be.
         fingerprint: What decides the answers besides the prompt (model, revision, ...), as JSON values. The rollout's
             settings are added.
+        writer: Who answers, for messages.
 
     Returns:
         The answers in the order of the prompts, without surrounding white space. Equal prompts have equal answers. An
@@ -68,7 +70,7 @@ def teacher_answers(
         return []
     path = Path(path)
     keys = [prompt_hash(prompt) for prompt in prompts]
-    file = AnswerFile(path, _with_settings(fingerprint, rollout))
+    file = AnswerFile(path, _with_settings(fingerprint, rollout), writer)
     file.read()  # on every process, so that a wrong fingerprint stops all of them
     missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in file.answers}
     if missing and model_context is None:
@@ -80,7 +82,7 @@ def teacher_answers(
     _fill(file, missing, rollout, model_context)
     answers = [file.answers[key] for key in keys]
     if PartialState().is_main_process:
-        _report(answers)
+        _report(answers, writer)
     return [text for text, _ in answers]
 
 
@@ -95,13 +97,14 @@ class AnswerFile:
     Args:
         path: The file.
         fingerprint: What its answers depend on.
+        writer: Whose they are, for messages.
 
     Attributes:
         answers: `(text, finished)` by prompt hash.
     """
 
-    def __init__(self, path: Path, fingerprint: Mapping[str, Any]) -> None:
-        self.path = path
+    def __init__(self, path: Path, fingerprint: Mapping[str, Any], writer: str = "teacher") -> None:
+        self.path, self.writer = path, writer
         self.fingerprint = json.loads(json.dumps(fingerprint, default=str))  # as it will read back
         self.answers: dict[str, tuple[str, bool]] = {}
         self._whole_bytes = 0
@@ -235,11 +238,11 @@ def _generate(
 ) -> None:
     keys = list(missing)
     if file.answers:
-        logger.info("%s holds %d of the teacher's answers; %d are missing.", file.path, len(file.answers), len(keys))
+        logger.info("%s holds %d answers; %d are missing.", file.path, len(file.answers), len(keys))
     try:
         with (
             model_context() as model,
-            closing(rollout.stream(model, list(missing.values()), "Teacher's answers")) as stream,
+            closing(rollout.stream(model, list(missing.values()), f"{file.writer.capitalize()}'s answers")) as stream,
         ):
             file.append((keys[index], completion) for index, completion in stream)
     except BaseException as problem:
@@ -259,7 +262,7 @@ def _room(file: AnswerFile, keys: Iterable[str]) -> Iterator[None]:
         missing = len(set(keys) - file.answers.keys())
         size = file.path.stat().st_size / max(1, len(file.answers)) if file.path.exists() else 0
         raise OSError(
-            f"The disk of {file.path.parent} is full: {len(file.answers)} of the teacher's answers are written, "
+            f"The disk of {file.path.parent} is full: {len(file.answers)} of the {file.writer}'s answers are written, "
             f"{missing} are missing and need about {missing * size / 1024:.0f} KiB. Make room and run the same "
             "command again, it goes on from there."
         ) from problem
@@ -277,15 +280,16 @@ def _wait_for(file: AnswerFile, missing: Mapping[str, list[int]]) -> None:
         time.sleep(_POLL_SECONDS)
 
 
-def _report(answers: Sequence[tuple[str, bool]]) -> None:
+def _report(answers: Sequence[tuple[str, bool]], writer: str) -> None:
     empty = sum(not text for text, _ in answers)
     unfinished = sum(not finished for _, finished in answers)
     if not empty and not unfinished:
-        logger.info("The teacher has answered %d prompts.", len(answers))
+        logger.info("The %s has answered %d prompts.", writer, len(answers))
         return
     logger.warning(
-        "Of the teacher's %d answers %d are empty and %d didn't end within the limit of new tokens. If "
+        "Of the %s's %d answers %d are empty and %d didn't end within the limit of new tokens. If "
         "there are many, raise max_new_tokens or look at the prompt and the stop strings.",
+        writer,
         len(answers),
         empty,
         unfinished,

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_MOVING = ("ema", "snapshot")
+_MOVING = ("ema", "snapshot", "early_exit")
 _PRECISION = ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "tf32", "padding_free")
 _RUNNING = (
     *(*_PRECISION, "use_cpu", "seed", "data_seed", "output_dir", "chunk_size", "ddp_backend", "ddp_timeout"),

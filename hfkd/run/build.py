@@ -33,6 +33,7 @@ from hfkd.run.models import (
     own_teacher,
     prepare_teacher,
 )
+from hfkd.run.reward_settings import make_reward_config
 from hfkd.run.rows import Rows, Task, load_data
 from hfkd.sharding import Launch
 
@@ -197,13 +198,25 @@ def _check_routes(recipe: Recipe, run: Run) -> None:
             raise ValueError(f"training row {number}: {error}") from error
 
 
-def settings_of(recipe: Recipe, dry: bool = False) -> Run:
-    """What a recipe says without any file of rows or weights."""
+def settings_of(recipe: Recipe, dry: bool = False, trains: bool = True) -> Run:
+    """What a recipe says without any file of rows or weights.
+
+    Args:
+        recipe: From `load_recipe`.
+        dry: As in `build`.
+        trains: Whether it is to be trained; without, what a reward's trainer would be told isn't looked at.
+
+    Raises:
+        ValueError: Something in it can't work.
+    """
     refuse_adapters(recipe)
+    config = make_config(recipe, **({"use_cpu": True} if dry else {}))  # a GPU's recipe can be checked without one
+    if trains and recipe.reinforcement is not None:
+        make_reward_config(recipe, config)  # made again for its trainer; refused here before anything is loaded
     return Run(
         recipe=recipe,
         fingerprint=recipe_fingerprint(recipe.resolved()),
-        config=make_config(recipe, **({"use_cpu": True} if dry else {})),  # a GPU's recipe can be checked without one
+        config=config,
         style=make_style(recipe),
         generation=make_settings(recipe),
         objective=_make_objective(recipe),

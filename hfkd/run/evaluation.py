@@ -300,7 +300,7 @@ def _check(recipe: Recipe, adapter: Path | None, fidelity: bool, harness: Harnes
 
 def _prepare(recipe: Recipe) -> Run:
     """The rows, the tokenizer and the prompts; no model."""
-    run = settings_of(without_accessories(recipe))
+    run = settings_of(without_accessories(recipe), trains=False)
     if recipe.evaluation is not None:
         run.take(load_data(recipe, run.sources))
     run.tokenizer = load_tokenizer(recipe.student)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 ROWS, MODEL = "rows", "model"
 _VERSIONS = ("hfkd", "torch", "transformers")
+_OF_TRAINING = re.compile(r"data\.(sampler|revise|transforms)(\..*)?")
 _CHOOSES = {
     ROWS: re.compile(
         r"data(\.(train|demonstrations|whole_text)(\..*)?)?"
@@ -44,7 +45,8 @@ def deciding_versions() -> dict[str, str]:
 def deciding_code(recipe: Recipe, sections: Collection[str]) -> dict[str, Any]:
     """The user's own code that decides a result: by key its name, and a digest of each file that it is written in.
 
-    Modules that these files import aren't followed.
+    Modules that these files import aren't followed. What chooses and changes training rows decides the weights, and
+    nothing of a text that is held out; its arguments may be texts that only look like names.
 
     Args:
         recipe: Names the code.
@@ -56,7 +58,8 @@ def deciding_code(recipe: Recipe, sections: Collection[str]) -> dict[str, Any]:
     return {
         key: [name, *map(file_digest, _sources(name, key))]
         for key, name in own_code(recipe).items()
-        if any(key == section or key.startswith(f"{section}.") for section in sections)
+        if not _OF_TRAINING.fullmatch(key)
+        and any(key == section or key.startswith(f"{section}.") for section in sections)
     }
 
 

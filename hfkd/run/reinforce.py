@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from transformers import TrainingArguments
-
-from hfkd.recipe.schema import Recipe
-from hfkd.recipe.source import RecipeError
+from hfkd.objective import Objective, build_objective
+from hfkd.recipe.checks import objective_options
+from hfkd.recipe.reward_faults import names_own_terms
 from hfkd.run.build import Run
+from hfkd.run.reward_settings import make_reward_config
 from hfkd.run.texts import make_dataset
 
 if TYPE_CHECKING:
-    from hfkd.reinforcement import KDRLConfig, KDRLTrainer
+    from hfkd.reinforcement import KDRLTrainer
 
 
 def make_reinforced_trainer(run: Run, rows: Sequence[dict[str, Any]]) -> KDRLTrainer:
@@ -37,34 +36,19 @@ def make_reinforced_trainer(run: Run, rows: Sequence[dict[str, Any]]) -> KDRLTra
         make_reward_config(recipe, run.config),
         train_dataset=make_dataset(run, rows, run.teacher, run.objective),
         processing_class=run.tokenizer,
-        **({"objective": run.objective} if recipe.reinforcement.estimator == "full" else {}),
+        **({"objective": full_objective(run)} if recipe.reinforcement.estimator == "full" else {}),
     )
 
 
-def make_reward_config(recipe: Recipe, config: TrainingArguments) -> KDRLConfig:
-    """The trainer's settings.
+def full_objective(run: Run) -> Objective:
+    """What `estimator: full` measures: the terms that the recipe names, or else the reverse KL at the temperature that
+    the answers are drawn at, like the other estimators.
 
     Args:
-        recipe: With a `reinforcement` section.
-        config: Of its `training` section; all that it says holds here too, defaults included.
-
-    Raises:
-        RecipeError: A value or a combination is refused.
+        run: Of a recipe with a reward.
     """
-    from hfkd.reinforcement import KDRLConfig
-
-    names = [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
-    generation, data = recipe.data.generation, recipe.data
-    settings = {name: getattr(config, name) for name in names}
-    settings |= {
-        "max_completion_length": generation.max_new_tokens,
-        "temperature": generation.temperature,
-        "top_p": generation.top_p,
-        "max_length": data.max_length,
-        "teacher_max_length": data.teacher_max_length,
-        "too_long": data.too_long,
-    }
-    try:
-        return KDRLConfig(**{**settings, **recipe.reinforcement.settings()})
-    except (ValueError, TypeError, ImportError) as error:
-        raise RecipeError("reinforcement", [f"reinforcement: {error}"]) from error
+    recipe = run.recipe
+    if names_own_terms(recipe):
+        return run.objective
+    temperature = {"temperature": recipe.data.generation.temperature, "scale_by_temperature_squared": False}
+    return build_objective([{"kind": "reverse_kl", **temperature}], **objective_options(recipe))

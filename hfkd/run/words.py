@@ -76,6 +76,7 @@ def _whose(teacher: TeacherSection) -> str:
         "adapter_off": "the student itself with its adapter switched off",
         "frozen_copy": "a frozen copy of the student as it is now",
         "live": "the student itself as it is at each step",
+        "early_exit": f"the student itself, as if it ended behind block {teacher.layer or 'in the middle'}",
         "cross_tokenizer": f"{teacher.model}, with its own tokenizer",
     }
     kind = teacher.weights if teacher.kind == "self" else teacher.kind

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -26,9 +26,9 @@ from hfkd.teachers import Teacher
 class DomainSampler(MeasuringSampler):
     """Draws the domain of each example by shares that follow the gap between student and teacher.
 
-    Of each domain some prompts are set aside: they are never drawn, and the perplexities of both models on their
-    answers are measured after the first step and then every `interval` steps. With r_i the share of domain i of N and
-    s_i / t_i the perplexity of the student over that of the teacher,
+    Of each domain some prompts are set aside: they are never drawn, in another domain neither, and the perplexities of
+    both models on their answers are measured after the first step and then every `interval` steps. With r_i the share
+    of domain i of N and s_i / t_i the perplexity of the student over that of the teacher,
 
         r = softmax(s / t) after the first step,
         r_i <- (1 - smoothing) r_i exp(s_i / t_i) / sum_j r_j exp(s_j / t_j) + smoothing / N  from then on.
@@ -80,27 +80,26 @@ class DomainSampler(MeasuringSampler):
         super().attach(dataset, seed=seed, examples_per_step=examples_per_step)
         by_domain = _by_domain(dataset, self.column)
         self.domains = sorted(by_domain)
-        parts = [self._set_aside(name, by_domain[name]) for name in self.domains]
-        self.held_out = [measured for measured, _ in parts]
-        self._members = [drawn for _, drawn in parts]
+        prompts = {name: _by_prompt(dataset, by_domain[name]) for name in self.domains}
+        chosen = {name: self._set_aside(name, list(prompts[name])) for name in self.domains}
+        hidden = set().union(*chosen.values())  # whatever the domain in which it is asked again
+        self.held_out = [
+            [found[0] for prompt, found in prompts[name].items() if prompt in chosen[name]] for name in self.domains
+        ]
+        self._members = [_drawn(name, prompts[name], hidden) for name in self.domains]
         self.shares = torch.full((len(self.domains),), 1 / len(self.domains), dtype=torch.float64)
         self._teacher = torch.full_like(self.shares, math.nan)
         self._begun = False
 
-    def _set_aside(self, name: str, members: Sequence[int]) -> tuple[list[int], list[int]]:
-        """The examples of a domain that are measured, one for each prompt set aside, and those that are drawn."""
-        prompts: dict[str, list[int]] = {}
-        for index in members:
-            prompts.setdefault(prompt_key(self.dataset.row(index)), []).append(index)
+    def _set_aside(self, name: str, prompts: Sequence[str]) -> set[str]:
+        """The prompts of a domain that are measured."""
         if len(prompts) <= self.examples:
             raise ValueError(
                 f"The domain {name!r} has {len(prompts)} different prompts, and examples={self.examples} of them are "
                 "set aside to measure on, so that none is left to learn. Lower `examples`, bring more rows, or take "
                 "the domain out."
             )
-        chosen = set(random.Random(f"{self.seed}/{name}/held out").sample(list(prompts), self.examples))
-        measured = [found[0] for prompt, found in prompts.items() if prompt in chosen]
-        return measured, [index for prompt, found in prompts.items() if prompt not in chosen for index in found]
+        return set(random.Random(f"{self.seed}/{name}/held out").sample(prompts, self.examples))
 
     def __len__(self) -> int:
         return sum(map(len, self._members))
@@ -213,6 +212,30 @@ def stays(teacher: Teacher) -> bool:
 def _teacher_log_probs(trainer: Trainer, inputs: Mapping) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     figures = read_batch(trainer, inputs)
     return figures.text, figures.teacher.log_prob
+
+
+def _by_prompt(dataset: DistillationDataset, members: Sequence[int]) -> dict[str, list[int]]:
+    """Examples by what they ask."""
+    prompts: dict[str, list[int]] = {}
+    for index in members:
+        prompts.setdefault(prompt_key(dataset.row(index)), []).append(index)
+    return prompts
+
+
+def _drawn(name: str, prompts: Mapping[str, Sequence[int]], hidden: Collection[str]) -> list[int]:
+    """The examples of a domain that may be drawn.
+
+    Raises:
+        ValueError: Each of its prompts is set aside, in this domain or in another.
+    """
+    drawn = [index for prompt, found in prompts.items() if prompt not in hidden for index in found]
+    if not drawn:
+        raise ValueError(
+            f"The domain {name!r} asks what other domains ask, too, and all of its {len(prompts)} prompts are set "
+            "aside in one of them, so that none is left to learn. Lower `examples`, bring more rows, or take the "
+            "domain out."
+        )
+    return drawn
 
 
 def _by_domain(dataset: DistillationDataset, column: str) -> dict[str, list[int]]:

@@ -45,8 +45,9 @@ def row_figures(
         count: Rows.
         width: The most numbers that a row has.
         find: Of the number of a row; fewer than `width` are filled up with 0.
-        workshop: Its folder keeps the numbers, as `transforms/<name>.safetensors`.
-        name: Of the file.
+        workshop: Its folder keeps the numbers, as `transforms/<name>-<digits>.safetensors`, the digits of what
+            decides them: a run may have two transforms of one kind.
+        name: Of the transform.
         decided_by: Plain data that decides the numbers.
 
     Returns:
@@ -56,8 +57,9 @@ def row_figures(
         ValueError: A number isn't finite.
     """
     state = PartialState()
-    path = None if workshop.folder is None else Path(workshop.folder) / _FOLDER / f"{name}.safetensors"
     digest = hashlib.sha256(json.dumps(decided_by, sort_keys=True, default=str).encode()).hexdigest()
+    file = f"{name}-{digest[:12]}.safetensors"
+    path = None if workshop.folder is None else Path(workshop.folder) / _FOLDER / file
     kept = _read(path, digest, (count, width)) if state.is_main_process and path is not None else None
     if float(total_over_processes(float(kept is not None), state.device)):
         return _summed(np.zeros((count, width)) if kept is None else kept, state)

@@ -31,6 +31,7 @@ from hfkd.transforms.base import Row, RowTransform, Workshop
 from hfkd.transforms.figures import row_figures, weights_digest
 
 _TEXT = "cross_entropy"
+_FILES = (".json", ".jsonl", ".csv", ".parquet", ".yaml", ".yml")  # as `hfkd.data.sources` reads them
 
 
 class InfluenceWeights(RowTransform):
@@ -89,12 +90,9 @@ class InfluenceWeights(RowTransform):
         for name, value in (("clean", clean), ("projection", 1 if projection is None else projection)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}; expected a whole number of at least 1.")
-        if (
-            path is not None
-            and Path(path).suffix
-            and not path.startswith("reasoning_gym:")
-            and not Path(path).exists()
-        ):
+        if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 2:
+            raise ValueError(f"max_length is {max_length!r}; expected a number of tokens, at least 2.")
+        if path is not None and _is_missing(path):
             raise ValueError(f"path is {path!r}, and there is no such file; expected a file of clean rows.")
         self.strength, self.drop, self.highest, self.loss = float(strength), float(drop), float(highest), loss
         self.path, self.clean, self.projection, self.centered = path, clean, projection, bool(centered)
@@ -292,6 +290,12 @@ def _weighted(row: Row, weight: float) -> Row:
     if isinstance(before, Real):
         return {**row, "token_weights": float(before) * weight}
     return {**row, "token_weights": [float(one) * weight for one in before]}
+
+
+def _is_missing(path: str) -> bool:
+    """Whether it is surely a file, by its ending, and isn't there; a hub's id may have a dot, too."""
+    elsewhere = "://" in path or path.startswith("reasoning_gym:")
+    return not elsewhere and Path(path).suffix.lower() in _FILES and not Path(path).expanduser().exists()
 
 
 def _is_number(value: Any) -> bool:

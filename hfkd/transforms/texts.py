@@ -95,7 +95,7 @@ def written(
         with speaks() as model:
             fingerprint = {"writer": writer, "weights": weights_digest(model)}
         path = workshop.folder / f"{name}.jsonl"
-        return teacher_answers([{}] * len(prompts), prompts, rollout, speaks, path, fingerprint)
+        return teacher_answers([{}] * len(prompts), prompts, rollout, speaks, path, fingerprint, writer)
 
 
 def weights_digest(model: nn.Module) -> str:
