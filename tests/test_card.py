@@ -197,7 +197,9 @@ def test_papers_are_papers_of_the_losses_or_of_the_method() -> None:
     """A wrong number beneath a right title sends every reader to another paper."""
     ours = {one for loss in {**LOSSES, **STATE_LOSSES}.values() for one in arxiv_ids(docstring_section(loss, "Paper"))}
     assert {"1503.02531", "2306.08543", "2402.17110"} <= ours & set(PAPERS)
-    assert set(PAPERS) - ours == {"1703.01780", "2006.12000", "2106.09685", "2406.14208"}
+    page = (Path(__file__).parent.parent / "docs/papers.md").read_text("utf-8")
+    others = {number for number in set(PAPERS) - ours if number not in page}
+    assert others == {"2106.09685", "2402.03300"}  # LoRA and GRPO, which are borrowed
     assert len({paper.key for paper in PAPERS.values()}) == len(PAPERS)
 
 

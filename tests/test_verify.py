@@ -29,6 +29,7 @@ ROW = {"prompt": "2 + 2 =", "completion": "4", "answer": "4"}
 def test_built_in_ones(name: str, text: str, value: float) -> None:
     """A filter that takes every text, or none, would be noticed last."""
     assert as_verifier(name)(ROW, text) == value
+    assert as_verifier("contains")({"prompt": "?", "answer": "Paris"}, "It is PARIS.") == 1.0
 
 
 def test_the_checkers_of_reasoning_gym() -> None:

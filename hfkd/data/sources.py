@@ -15,7 +15,7 @@ import yaml
 
 _BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 _YAML = (".yaml", ".yml")
-_SUFFIXES = (*_BUILDERS, *_YAML)
+SUFFIXES = (*_BUILDERS, *_YAML)
 _GYM = "reasoning_gym:"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -61,7 +61,7 @@ def read(source: RawSource) -> Sequence[dict[str, Any]]:
         return _load(str(local), source, name=source.name, split=source.split)
     if local.exists():
         return _file(str(local), suffix, source)
-    if suffix in _SUFFIXES or path.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(path):
+    if suffix in SUFFIXES or path.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(path):
         raise DataError(f"there is no file {path}{_beside(local)}")
     return _load(path, source, name=source.name, split=source.split, revision=source.revision)
 
@@ -70,7 +70,7 @@ def _beside(path: Path) -> str:
     """The nearest names in the folder where a file was looked for."""
     if not path.parent.is_dir():
         return f"; there is no folder {path.parent} either"
-    others = [each.name for each in path.parent.iterdir() if each.suffix.lower() in _SUFFIXES]
+    others = [each.name for each in path.parent.iterdir() if each.suffix.lower() in SUFFIXES]
     alike = difflib.get_close_matches(path.stem, [Path(other).stem for other in others], n=3)
     if alike:
         return f"; did you mean {' or '.join(other for other in others if Path(other).stem in alike)}?"
@@ -81,7 +81,7 @@ def _file(path: str, suffix: str, source: RawSource) -> Sequence[dict[str, Any]]
     if suffix in _YAML and "://" not in path:
         return _yaml(path)
     if suffix not in _BUILDERS:
-        raise DataError(f"{path} ends in {suffix or 'nothing'!r}; expected one of {', '.join(_SUFFIXES)}")
+        raise DataError(f"{path} ends in {suffix or 'nothing'!r}; expected one of {', '.join(SUFFIXES)}")
     if "://" not in path and Path(path).stat().st_size == 0:
         raise DataError(f"{path} is an empty data set (the file has no byte); expected at least one row")
     split = source.split.partition("[")[0]

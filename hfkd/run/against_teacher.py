@@ -72,7 +72,9 @@ def check_fidelity(recipe: Recipe) -> None:
 
 def deciding_of(recipe: Recipe) -> dict[str, Any]:
     """What decides the fidelity besides the student's weights, the rows and the versions of packages."""
-    data = recipe.data.model_dump(mode="json", exclude={"train", "generation", "answer"})
+    data = recipe.data.model_dump(
+        mode="json", exclude={"train", "generation", "answer", "sampler", "revise", "transforms"}
+    )
     sections = _sections(recipe.teacher)
     return {
         "data": data,

@@ -20,6 +20,7 @@ from hfkd.batch import Batch
 from hfkd.data.collate import DistillationCollator
 from hfkd.data.load import Source, load_rows
 from hfkd.data.select import visited
+from hfkd.data.sources import SUFFIXES
 from hfkd.data.views import DistillationDataset
 from hfkd.objective import Objective, build_objective
 from hfkd.packing import run_view
@@ -31,7 +32,6 @@ from hfkd.transforms.base import Row, RowTransform, Workshop
 from hfkd.transforms.figures import row_figures, weights_digest
 
 _TEXT = "cross_entropy"
-_FILES = (".json", ".jsonl", ".csv", ".parquet", ".yaml", ".yml")  # as `hfkd.data.sources` reads them
 
 
 class InfluenceWeights(RowTransform):
@@ -295,7 +295,7 @@ def _weighted(row: Row, weight: float) -> Row:
 def _is_missing(path: str) -> bool:
     """Whether it is surely a file, by its ending, and isn't there; a hub's id may have a dot, too."""
     elsewhere = "://" in path or path.startswith("reasoning_gym:")
-    return not elsewhere and Path(path).suffix.lower() in _FILES and not Path(path).expanduser().exists()
+    return not elsewhere and Path(path).suffix.lower() in SUFFIXES and not Path(path).expanduser().exists()
 
 
 def _is_number(value: Any) -> bool:
