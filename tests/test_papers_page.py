@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs/papers.md").read_text("utf-8")
 ARXIV = re.compile(r"arxiv\.org/abs/(\d{4}\.\d{4,5})")
 # Named for a tool of measuring or a remark, not for a method that is implemented.
-ASIDE = {"1706.04599", "1802.08232", "2411.07191", "2505.15442"}
+ASIDE = {"2402.03300", "1706.04599", "1802.08232", "2411.07191", "2505.15442"}
 
 
 def test_every_paper_of_the_code_is_on_the_page() -> None:
