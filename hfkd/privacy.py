@@ -21,8 +21,9 @@ Span = tuple[int, int] | tuple[int, int, float]
 SpanFinder = Callable[[str], Iterable[Span]]
 """A function of a text that gives its private spans."""
 
-_EMAIL = re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+")
-_NUMBER = re.compile(r"\d(?:[ .,:/()+-]{0,2}\d)*")
+_EMAIL = re.compile(r"[\w.+-]{1,64}@[\w-]+(?:\.[\w-]+)+")  # no address has more before its @; without a bound: n ** 2
+_DASHES = r"\-\u2010-\u2015\u2212"
+_NUMBER = re.compile(rf"\d(?:(?:[\s.,:/()+{_DASHES}]{{0,2}}|\)?\s?[/{_DASHES}]\s?\(?)\d)*")
 _WORD = re.compile(r"[A-Za-z0-9]+(?:[-_][A-Za-z0-9]+)*")
 _ID_LENGTH, _ID_DIGITS = 6, 3
 
@@ -93,7 +94,7 @@ class RarityScorer(TokenScorer):
         rare: The share up to which it is wholly so.
 
     Raises:
-        ValueError: The shares aren't in order, or nothing was counted.
+        ValueError: The shares aren't in order, nothing was counted, or too little for any id to be as rare as `rare`.
     """
 
     def __init__(self, counts: Mapping[int, int], common: float = 1e-3, rare: float = 1e-5) -> None:
@@ -101,6 +102,12 @@ class RarityScorer(TokenScorer):
         self.total = sum(counts.values())
         if not self.total:
             raise ValueError("No token was counted, so that none is rare. Give texts to count, or use patterns.")
+        if self.total * rare < 1 - 1e-9:
+            raise ValueError(
+                f"{self.total} tokens were counted, so none is rarer than 1 in {self.total}, and rare is {rare}: hardly "
+                f"anything would be hidden. Set rare to {1.05 / self.total:.1e} or more and common well above it, count "
+                "more text, or use patterns."
+            )
         self.counts, self.common, self.rare = counts, common, rare
 
     def scores(self, ids: Sequence[int]) -> list[float]:
@@ -127,8 +134,8 @@ def pattern_finder(patterns: Sequence[str] | None = None, min_digits: int = 4) -
 
     Args:
         patterns: Names of `PATTERNS`, and regular expressions of one's own; None takes all names.
-        min_digits: The digits from which on a number counts; separators between them (a telephone number's, a date's)
-            belong to it.
+        min_digits: The digits from which on a number counts; separators between them (a telephone number's, a date's,
+            a dash or a slash with spaces around it, a line end) belong to it.
 
     Raises:
         ValueError: There is no pattern, one is no regular expression or finds the empty text, or `min_digits` is below

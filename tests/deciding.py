@@ -57,7 +57,8 @@ def fake_trainer(**parts: Any) -> SimpleNamespace:
     """As much of a trainer as a reviser asks for before it reads a batch."""
     known = {"teacher": object(), "model": make_model(), "writer": None, "train_dataset": None}
     args = SimpleNamespace(device=torch.device("cpu"), seed=3)
-    return SimpleNamespace(**{**known, "args": args, "processing_class": None, "revisers": [], **parts})
+    known |= {"args": args, "processing_class": None, "revisers": [], "add_callback": lambda callback: None}
+    return SimpleNamespace(**{**known, **parts})
 
 
 def make_trainer(folder: Any, revisers: Sequence[Reviser] = (), **overrides: Any):

@@ -243,6 +243,18 @@ def test_each_view_has_its_own_limit_and_nothing_is_cut(tokenizer) -> None:
     assert min(len(example["teacher"]["input_ids"]) for example in data) > 55
 
 
+def test_groups_are_those_of_the_rows_that_are_kept(tokenizer) -> None:
+    """A domain that is called "None" is one, and a row that is dropped has no say in which ones there are."""
+    rows = [row | {"domain": name} for row, name in zip(ROWS, ["None", "a", "a", "None"], strict=True)]
+    data = dataset(tokenizer, rows)
+    assert data.groups == ["None", "a"] and [data[index]["group"] for index in range(4)] == [0, 1, 1, 0]
+    long = {"prompt": "x" * 200, "completion": "y"}
+    for dropped in (long, long | {"domain": "z"}, DEMONSTRATIONS[0]):
+        data = dataset(tokenizer, [*rows, dropped], max_length=100, teacher_max_length=150, too_long="drop")
+        assert len(data) == 4 and data.groups == ["None", "a"]
+    assert not dataset(tokenizer, [*rows[1:], ROWS[0] | {"domain": None}]).groups
+
+
 def test_too_long_examples_are_dropped_and_counted(tokenizer) -> None:
     """Dropping in silence trains on less data than the user thinks."""
     long = {"prompt": "understand " * 40, "completion": "understood"}

@@ -155,6 +155,38 @@ def test_targets_stay_those_of_the_first_head(learns):
     assert torch.equal(first[0], again[0]) is learns
 
 
+def test_the_head_follows_the_tokens_to_their_device(monkeypatch):
+    """Prevents a kept head that stays where it was shown, when the model is placed on a device afterwards."""
+    seen = []
+
+    class Everyone:
+        """Neighbours of any token, on the head's device."""
+
+        def __init__(self, weight: torch.Tensor, count: int) -> None:
+            self.vocab_size, self.count = len(weight), count
+            seen.append(weight.device.type)
+
+        def neighbours_of(self, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            ids = torch.zeros(len(targets), self.count, dtype=torch.long, device=seen[-1])
+            return ids, ids.float()
+
+    monkeypatch.setattr("hfkd.losses.neighbours._Known", Everyone)
+    loss = shown(neighbours=3)
+    for device in ("cpu", "meta", "meta"):
+        _, mass = loss.target(torch.zeros(5, dtype=torch.long, device=device), IDS)
+        assert mass.device.type == device
+    assert seen == ["cpu", "meta"]
+
+
+@pytest.mark.gpu
+def test_a_head_that_was_shown_on_the_cpu_works_on_a_gpu():
+    """Prevents a CPU tensor that is indexed with CUDA ids in the first step."""
+    targets, logits = rows()
+    loss = shown(neighbours=4)
+    there = loss(TokenChunk(targets.cuda(), logits.cuda()))
+    torch.testing.assert_close(there.cpu(), shown(neighbours=4)(TokenChunk(targets, logits)))
+
+
 def test_it_is_not_kept_in_checkpoints():
     """Prevents a head in every checkpoint of the objective."""
     loss = shown()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import re
+import time
+from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +15,11 @@ from conftest import make_tokenizer
 from training import ROWS, make_trainer, trained_weights
 
 from hfkd.batch import IGNORE, Batch
+from hfkd.card.limits import _HEEDING, limits
+from hfkd.losses import LOSSES
 from hfkd.privacy import PATTERNS, RarityScorer, SpanScorer, pattern_finder, placed
+from hfkd.recipe import load_recipe
+from hfkd.recipe.source import RecipeError
 from hfkd.revision import REVISERS
 from hfkd.revision.private import ALL_MARKED_STEPS, NONE_MARKED_STEPS, PrivateTokens
 
@@ -42,6 +49,25 @@ def test_numbers_count_from_so_many_digits():
     assert found("pin 12, code 4821", "numbers", min_digits=2) == ["12", "4821"]
     assert found("pin 12, code 4821", "numbers", min_digits=5) == []
     assert found("2 4 6 8", "numbers", min_digits=5) == []
+
+
+@pytest.mark.parametrize(
+    "number",
+    ["078 - 05 - 1120", "040 / 123 45", "040) - 12345", "4\n8\n2\n1", "4\u20138\u20142\u20101", "49\u00a030\u00a0555"],
+)
+def test_a_number_is_found_whole_however_it_is_written(number):
+    """Prevents the first half of a telephone number from being taught openly beside its hidden second half."""
+    assert found(f"tel {number}, or so.", "numbers") == [number]
+    assert found("in 12.\n\n34 people", "numbers") == [], "two sentences are no number"
+
+
+def test_long_runs_without_a_space_take_no_longer_by_the_square():
+    """Prevents seconds for each row and step on base64, or on scripts that set no spaces."""
+    start = time.perf_counter()
+    for run in ("a" * 200_000, "x" * 64 + "@" + "b" * 200_000):
+        assert found(run, "emails") == []
+    assert time.perf_counter() - start < 20, "minutes, where the time goes by the square"
+    assert found("連" * 100 + "ann@mail.example.org", "emails")[0].endswith("ann@mail.example.org")
 
 
 def test_known_keys_and_own_expressions_are_found():
@@ -130,6 +156,18 @@ def test_rarity_is_linear_in_the_logarithm_of_the_frequency():
         RarityScorer({})
 
 
+def test_rarity_is_refused_where_too_little_was_counted(tmp_path):
+    """Prevents a small set in which the rarest token, and one never seen, score 0 while the user believes in hiding."""
+    with pytest.raises(
+        ValueError, match=r"900 tokens were counted.*Set rare to 1\.2e-03 or more and common well above"
+    ):
+        RarityScorer(dict.fromkeys(range(900), 1))
+    assert RarityScorer(dict.fromkeys(range(900), 1), common=0.1, rare=1.2e-3).scores([5, 9999]) == [1.0, 1.0]
+    assert RarityScorer({1: 99_999, 2: 1}).scores([2]) == [1.0], "the defaults, with just enough"
+    with pytest.raises(ValueError, match="none is rarer than 1 in"):
+        revised(tmp_path, reviser=PrivateTokens("rarity"))
+
+
 @pytest.mark.parametrize("scorer", ["pattern", 3, "a:b:c", None])
 def test_an_unknown_scorer_is_refused(scorer):
     """Prevents a slip in the name from being found after the models were loaded."""
@@ -183,10 +221,28 @@ def test_the_higher_of_two_scores_counts(tmp_path):
 def test_rarity_counts_the_training_rows(tmp_path):
     """Prevents frequencies of something else than the run's own texts."""
     rows = [{"prompt": "go", "completion": "walked" if place else "quick"} for place in range(16)]
-    trainer, _, batches, after = revised(tmp_path, rows, PrivateTokens("rarity", common=0.04, rare=0.001))
+    trainer, _, batches, after = revised(tmp_path, rows, PrivateTokens("rarity", common=0.04, rare=0.005))
     hidden = {int(one) for new in after for one in new["labels"][new["private"] > 0]}
     text = trainer.processing_class.decode(sorted(hidden))
     assert hidden and set(text.replace(" ", "")) <= set("quick")
+
+
+def test_rarity_counts_all_that_is_read(tmp_path):
+    """Prevents a token that every prompt has from being called rare, and padding marks from being counted as text."""
+    trainer, reviser, _, _ = revised(tmp_path, reviser=PrivateTokens("rarity", common=0.04, rare=0.005))
+    dataset = trainer.train_dataset
+    expected = Counter(one for place in range(len(dataset)) for one in dataset[place]["student"]["input_ids"])
+    assert reviser.scorer.counts == expected and IGNORE not in reviser.scorer.counts
+
+
+def test_the_first_position_is_never_scored():
+    """Prevents a token that nobody predicts from counting in the share, and in whether all are marked."""
+    reviser = PrivateTokens(scorer=lambda text: [(0, len(text), 0.5)])
+    counting(reviser, "walked", 0)
+    ids = make_tokenizer()("walked 4821")["input_ids"]
+    (batch,) = reviser.revise([{"labels": torch.tensor([ids])}], 0)
+    assert batch["private"].tolist() == [[0.0, *[0.5] * (len(ids) - 1)]]
+    assert reviser.figures()["private/share"] == (0.5 * (len(ids) - 1), float(len(ids) - 1))
 
 
 def test_all_zero_marks_leave_the_run_as_it_was(tmp_path):
@@ -239,10 +295,12 @@ def test_the_share_is_in_the_log(tmp_path):
 # ---------------------------------------------------------------------------------------------------- bad scorers
 
 
-def test_a_scorer_that_marks_every_example_is_refused_before_training(tmp_path):
+@pytest.mark.parametrize("score", [1.0, 0.99, 0.6])
+def test_a_scorer_that_marks_every_example_is_refused_before_training(tmp_path, score):
     """Prevents a run in which nothing of the teacher is learned and the log looks healthy."""
-    with pytest.raises(ValueError, match="marks all .* tokens of the examples that were looked at as wholly private"):
-        revised(tmp_path, reviser=PrivateTokens(scorer=lambda text: [(0, len(text))]))
+    with pytest.raises(ValueError, match="marks all .* tokens of the examples that were looked at as private"):
+        revised(tmp_path, reviser=PrivateTokens(scorer=lambda text: [(0, len(text), score)]))
+    revised(tmp_path, reviser=PrivateTokens(scorer=lambda text: [(0, len(text), 0.5)]))
 
 
 def counting(reviser: PrivateTokens, text: str, steps: int) -> None:
@@ -255,9 +313,10 @@ def counting(reviser: PrivateTokens, text: str, steps: int) -> None:
         reviser.revise([{"labels": labels}], step)
 
 
-def test_a_scorer_that_marks_every_token_for_some_steps_is_refused():
+@pytest.mark.parametrize("score", [1.0, 0.99])
+def test_a_scorer_that_marks_every_token_for_some_steps_is_refused(score):
     """Prevents the same where the text is written in training and can't be looked at before."""
-    reviser = PrivateTokens(scorer=lambda text: [(0, len(text))] if "4821" in text else [])
+    reviser = PrivateTokens(scorer=lambda text: [(0, len(text), score)] if "4821" in text else [])
     counting(reviser, "4821", ALL_MARKED_STEPS - 1)
     counting(reviser, "walked", 1)
     counting(reviser, "4821", ALL_MARKED_STEPS - 1)
@@ -296,6 +355,55 @@ def test_what_a_scorer_needs_is_asked_for(tmp_path):
         PrivateTokens("rarity").attach(trainer)
     with pytest.raises(ValueError, match=r"no_such_module_x can't be imported"):
         PrivateTokens("no_such_module_x:f").attach(make_trainer(tmp_path))
+
+
+FOLDER = Path(__file__).parent.parent / "recipes" / "which_tokens"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("loss.terms=[{kind: forward_kl}]", "private marks tokens, and no term heeds the marks (forward_kl)"),
+        ("loss.terms=[{kind: forward_kl}, {kind: hidden_mse}]", "no term heeds the marks (forward_kl, hidden_mse)"),
+        ("data.revise=[{kind: teacher_quality}]", "data.revise marks none; add {kind: private}"),
+    ],
+)
+def test_marks_without_a_term_that_heeds_them_are_refused(change, words):
+    """Prevents a run that is told to hide, hides nothing, and whose card says that it hid."""
+    with pytest.raises(RecipeError, match=re.escape(words)):
+        load_recipe(FOLDER / "swing.yaml", [change])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "loss.terms=[{kind: forward_kl}, {kind: cross_entropy}]",
+        "loss.terms=[{kind: 'my_losses:Mine'}]",
+        "data.revise=[{kind: 'my_revisers:Mine'}]",
+    ],
+)
+def test_marks_that_may_be_heeded_are_taken(change):
+    """Prevents a refusal of what does hide, and of code that only its author knows."""
+    load_recipe(FOLDER / "swing.yaml", [change])
+
+
+def test_the_card_names_the_terms_that_hide_and_those_that_do_not():
+    """Prevents a card that promises hiding for a term which learned private tokens like all others."""
+
+    def said(*kinds):
+        terms = [{"kind": kind, "weight": 1.0} for kind in kinds]
+        return " ".join(limits({"recipe": {"data": {"revise": [{"kind": "private"}]}, "loss": {"terms": terms}}}, {}))
+
+    both = said("swing", "forward_kl", "cross_entropy")
+    assert (
+        "less was learned by swing, cross_entropy." in both
+        and "like all others, as far as is known, by forward_kl." in both
+    )
+    assert "like all others" not in said("swing")
+    assert "no known term learned less" in said("forward_kl") and "less was learned by" not in said("forward_kl")
+    assert "private" not in " ".join(limits({"recipe": {"loss": {"terms": [{"kind": "swing"}]}}}, {}))
+    heeding = {kind for kind, loss in LOSSES.items() if kind == "swing" or loss.fits_text or not loss.needs}
+    assert set(_HEEDING) == heeding
 
 
 def test_it_is_in_the_table():

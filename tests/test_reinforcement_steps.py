@@ -93,6 +93,7 @@ def test_nft_learns_from_old_answers_by_their_ratio(tmp_path, monkeypatch):
                 value.copy_(once[name])
     ratio, mask = picked(reference, trainer, inputs) - drawn, inputs["completion_mask"]
     assert ratio[mask.bool()].abs().max() > 1e-3
+    assert min(logged(trainer, "entropy")) > 0.1
     loss = (nft_loss(ratio, inputs["rewards"], inputs["success"]) * mask).sum() / mask.sum()
     loss.backward()
     assert_step(reference, once, after, SETTINGS["learning_rate"])

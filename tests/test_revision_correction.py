@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_tokenizer
@@ -36,7 +38,7 @@ class Noting(Scripted):
 def correct(monkeypatch):
     """Correct these answers, of which student and teacher say so much; the new batch, and the reviser."""
 
-    def corrected(answers, *said, rollout, times=1, **settings):
+    def corrected(answers, *said, rollout, times=1, step=4, like=None, **settings):
         told = iter(said)
         monkeypatch.setattr(correction, "read_batch", lambda trainer, inputs: next(told))
 
@@ -49,7 +51,7 @@ def correct(monkeypatch):
         trainer = fake_trainer(writer=writer, processing_class=make_tokenizer(), _student=student)
         trainer.revisers = [Correction(times)]
         trainer.revisers[0].attach(trainer)
-        (batch,) = trainer.revisers[0].revise([{**batch_of(answers), "own_text": True}], 4)
+        (batch,) = trainer.revisers[0].revise([{**(like or batch_of(answers)), "own_text": True}], step)
         return batch, trainer.revisers[0]
 
     return corrected
@@ -84,6 +86,10 @@ def test_the_worst_of_the_wrong_tokens_is_taken():
     assert worst_place(figures([0] * 4, divergence=[8.0, 0.0, 0.0, 0.0], **wrong)) == 1, "the first of several"
     assert worst_place(figures([0] * 2, target=[1, 2], teacher={"top": [1, 2]}, divergence=[3.0, 4.0])) is None
     assert worst_place(figures([])) is None
+    both = replace(
+        figures([0] * 4, divergence=[8.0, 0.5, 2.0, 1.0], **wrong), reverse_kl=np.array([0.0, 9.0, 1.0, 0.0])
+    )
+    assert worst_place(both) == 2, "by KL(teacher || student), not the other one"
 
 
 def test_a_text_that_the_teacher_agrees_with_stays_the_same_batch(correct):
@@ -127,6 +133,48 @@ def test_several_corrections_one_after_the_other(correct):
     batch, reviser = correct([[10, 11]], first, second, rollout=rollout, times=2)
     assert answers_of(batch) == [[10, 30, 31, 41]]
     assert reviser.figures() == {"correction/corrected": (2.0, 2.0), "correction/place": (3.0, 2.0)}
+
+
+def test_each_step_draws_samples_of_its_own(correct):
+    """The same draws at each step would lead the student down the same way for ever."""
+    seeds = []
+    for step in (4, 5, 4):
+        said = figures([0] * 2, target=[10, 11], teacher={"top": [10, 30]}, divergence=[1.0] * 2)
+        rollout = Noting(lambda prompt: Completion([40], "", False))
+        correct([[10, 11]], said, rollout=rollout, step=step)
+        seeds += rollout.seeds
+    assert seeds[0] == seeds[2] != seeds[1]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_batch_stays_padded_where_it_was(correct, side):
+    """A model with a cache of left-padded rows, or one that counts places from the left, reads another text else."""
+    like = batch_of([[10, 11, 12], [20]])
+    if side == "left":
+        like = {name: torch.stack([rows[0], rows[1].roll(2)]) for name, rows in like.items()}
+    said = figures([0] * 3 + [1], target=[10, 11, 12, 20], teacher={"top": [10, 30, 12, 20]}, divergence=[1.0] * 4)
+    rollout = Noting(lambda prompt: Completion([40, 41, 42], "", False))
+    batch, _ = correct([], said, rollout=rollout, like=like)
+    assert answers_of(batch) == answers_of(batch, "teacher_") == [[10, 30, 40, 41, 42], [20]]
+    gap, text = [0] * 4, [1] * 3
+    assert batch["attention_mask"][1].tolist() == (gap + text if side == "left" else text + gap)
+
+
+@pytest.mark.parametrize(("tokens", "fits"), [(1989, False), (996, False), (995, True)])
+def test_texts_that_are_written_on_together_fit(tmp_path, tokenizer, tokens, fits):
+    """A run in which each text fits by itself would end in the middle, by what happens to be sampled."""
+    rollout = HFRollout(tokenizer, GenerationSettings(max_new_tokens=tokens, temperature=1.0))
+    own = {"answer": "student", "objective": "reverse_kl", "rollout": rollout}
+    trainer = make_trainer(tmp_path, **own)
+    longest = trainer.train_dataset.longest_prompts["student"]
+    assert longest + 1989 <= 2048 and (longest + 2 * (tokens - 1) <= 2048) == fits
+    if fits:
+        make_trainer(tmp_path, [Correction()], **own)
+        return
+    with pytest.raises(
+        ValueError, match=r"correct: .* above the 2048 of the student\. Lower max_new_tokens to at most 995"
+    ):
+        make_trainer(tmp_path, [Correction()], **own)
 
 
 def test_in_a_run_the_teacher_would_have_said_so(tmp_path, tokenizer):

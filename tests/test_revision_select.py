@@ -11,7 +11,7 @@ import torch
 from conftest import make_model
 from deciding import batch_of, fake_trainer, figures, log, make_trainer, trained
 from test_writer import ending_in
-from training import ROWS
+from training import ROWS, trained_weights
 
 from hfkd import LocalTeacher
 from hfkd.batch import Batch
@@ -257,6 +257,25 @@ def test_groups_follow_the_column(tokenizer):
     assert found.groups == ["a", "b"] and inputs["group"].tolist() == [1, 0, 1]
     plain = dataset(["b", None, "b"])
     assert not plain.groups and "group" not in DistillationCollator(2)([plain[0], plain[1]])
+
+
+def test_a_step_that_keeps_nothing_moves_nothing(tmp_path):
+    """AdamW goes on by its momentum, and decays weights, where the gradient is 0: nine such steps moved three times as
+    far as a full one may.
+    """
+
+    class First(Selection):
+        def _reaches(self, items):
+            return np.full(len(items.need), self.trainer.state.global_step in (0, 4))
+
+    options = {"optim": "adamw_torch", "learning_rate": 1e-2, "weight_decay": 0.1}
+    weights = {}
+    for steps in (1, 4, 5):
+        trainer = make_trainer(tmp_path, [First()], max_steps=steps, **options)
+        trainer.train()
+        weights[steps] = trained_weights(trainer)
+    assert all(torch.equal(weights[1][name], weights[4][name]) for name in weights[1])
+    assert any(not torch.equal(weights[4][name], weights[5][name]) for name in weights[1]), "it learns on afterwards"
 
 
 def test_a_resumed_run_goes_on_with_its_thresholds(tmp_path):

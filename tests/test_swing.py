@@ -166,15 +166,16 @@ def test_drawn_numbers_are_uniform_and_do_not_hang_together():
     assert len(_mixed(torch.arange(10_000)).unique()) == 10_000
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("noise", ["none", "uniform", "dirichlet", "laplace"])
-def test_a_list_of_all_ids_is_the_dense_teacher(noise):
+def test_a_list_of_all_ids_is_the_dense_teacher(noise, temperature):
     """Prevents a cached run that hides something else than a live one; random noise differs, its size does not."""
     student, teacher, targets = case()
     known, ids = teacher.log_softmax(-1).topk(IDS, -1)
-    loss = Swing(noise=noise, noise_share=0.3)
-    dense = loss._shown(chunk()).log_probs()[1]
+    loss = Swing(noise=noise, noise_share=0.3, temperature=temperature)
+    dense = loss._shown(chunk()).log_probs(temperature)[1]
     listed = loss._shown(TokenChunk(targets, student, TopKRows(ids, known, IDS), private=MARKS))
-    spread = torch.full_like(dense, -torch.inf).scatter(-1, ids, listed.log_probs()[1])
+    spread = torch.full_like(dense, -torch.inf).scatter(-1, ids, listed.log_probs(temperature)[1])
     if noise in ("none", "uniform"):
         torch.testing.assert_close(spread, dense, atol=1e-5, rtol=1e-5)
     else:
@@ -198,6 +199,37 @@ def test_a_sparse_teachers_tail_counts_as_so_many_ids(noise):
         kept = TokenChunk(targets, student, rows).log_probs()[1].exp()[MARKS == 0, -1]
         torch.testing.assert_close(shown[MARKS == 0, -1], kept, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(results[0], results[1])
+
+
+@pytest.mark.parametrize("noise", ["dirichlet", "laplace"])
+def test_each_row_of_a_cache_has_noise_of_its_own(noise):
+    """Prevents one pattern for all rows of a sparse teacher, which a student learns as a bias and takes off again."""
+    student, _, targets = case()
+    ids = torch.tensor([[1, 2, 3, 4, 10 + row] for row in range(ROWS_HERE)])
+    rows = TopKRows(ids, torch.full((ROWS_HERE, 5), 0.1).log(), IDS)
+    loss = Swing(max_temperature=1e6, noise=noise, noise_share=1.0)
+    shown = loss._shown(TokenChunk(targets, student, rows, private=torch.ones(ROWS_HERE))).log_probs()[1]
+    ratios = (shown[:, :3] - shown[:, 3:4]).double()
+    apart = (ratios[:, None] - ratios[None]).abs().amax(-1)
+    assert (apart[~torch.eye(ROWS_HERE, dtype=torch.bool)] > 1e-2).all()
+
+
+def test_the_noise_of_a_tail_is_that_of_the_ids_behind_it():
+    """Prevents noise that goes to the tail twice as much as to the ids that a dense teacher has there."""
+    generator, count, width, kept = torch.Generator().manual_seed(1), 200, 300, 4
+    teacher = torch.randn(count, width, generator=generator)
+    teacher[:, :kept] += 40.0  # the others' own mass is nothing
+    student, targets, ones = (
+        torch.randn(count, width, generator=generator),
+        torch.zeros(count).long(),
+        torch.ones(count),
+    )
+    loss = Swing(max_temperature=1.0, noise="laplace", noise_share=0.2)
+    dense = loss._shown(TokenChunk(targets, student, teacher, private=ones)).log_probs()[1].exp()[:, kept:].sum(-1)
+    known, ids = teacher.log_softmax(-1).topk(kept, -1)
+    rows = TopKRows(ids, known, width)
+    listed = loss._shown(TokenChunk(targets, student, rows, private=ones)).log_probs()[1].exp()[:, -1]
+    torch.testing.assert_close(listed.mean(), dense.mean(), rtol=0.05, atol=0)
 
 
 @pytest.mark.parametrize("measure", MEASURES)

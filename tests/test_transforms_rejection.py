@@ -147,6 +147,26 @@ def test_what_was_written_is_not_written_again(tmp_path):
         RejectionSampling("exact", samples=2).apply(ROWS, workshop)
 
 
+@pytest.mark.parametrize(("verifier", "gold"), [("any", "unsolved"), ("any", "always"), ("exact", "never")])
+def test_rows_without_an_answer_are_refused_before_anybody_writes(monkeypatch, verifier, gold):
+    """Prevents that all samples are written and judged, and the run then stops at a row without a name."""
+    monkeypatch.setattr("hfkd.transforms.rejection.as_verifier", lambda name: lambda row, text: 0.5)
+    workshop = scripted(in_turn("so 4"))
+    with pytest.raises(ValueError, match=r"rejection: row 1 \('5\+5'\) has no answer"):
+        RejectionSampling(verifier, gold=gold).apply([ROWS[0], {"prompt": "5+5"}], workshop)
+    assert not workshop.rollout.asked
+
+
+def test_a_rows_answer_column_is_its_gold_answer(monkeypatch):
+    """Prevents unlabelled rows from being refused where their answer is known, or isn't asked for."""
+    rows = [{"prompt": "2+2", "answer": "4"}]
+    made = RejectionSampling("exact", samples=1).apply(rows, scripted(in_turn("5")))
+    assert said(made) == [("2+2", "4")]
+    monkeypatch.setattr("hfkd.transforms.rejection.as_verifier", lambda name: lambda row, text: 1.0)
+    made = RejectionSampling("any", samples=1, gold="never").apply([{"prompt": "2+2"}], scripted(in_turn("5")))
+    assert said(made) == [("2+2", "5")]
+
+
 def test_the_given_rows_stay_as_they_are():
     """Prevents a transform that changes rows which the evaluation reads, too."""
     rows = [dict(row) for row in ROWS]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from workshops import scripted
 
@@ -63,6 +65,61 @@ def test_questions_that_are_known_are_left_out_and_counted():
     (told,) = transform.describe()["rounds"]
     expected = {"answered": 5, "without_grade": 0, "hard": 5, "new": 1, "empty": 1, "known_before": 3}
     assert told == expected
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "Question: Held  out one",
+        "question: Question: held out one\nAnswer: blue",
+        "New question: held out one",
+        'Here is one:\n\n"held out one"',
+        "**Held out one**",
+        "held out one\n\nIt is of the same kind.",
+    ],
+)
+def test_a_held_out_question_in_other_clothes_is_known(reply):
+    """Prevents an evaluation item that comes into training because the teacher writes a word before it."""
+
+    def script(who: str, prompt: str, seed: int) -> str:
+        return reply if "Write one new question" in prompt else contest(who, prompt, seed)
+
+    transform = CompetitiveRounds(rounds=1)
+    workshop = scripted(script, held_out=[{"prompt": "held out one", "completion": "x"}])
+    assert transform.apply(ROWS, workshop) == ROWS
+    (told,) = transform.describe()["rounds"]
+    assert (told["new"], told["known_before"]) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("question", "reply", "asked"),
+    [
+        ("Question: {prompt}\nAnswer:", "Question: a new one: which?\nAnswer: blue", "a new one: which?"),
+        ("Was {prompt}?", "Wasp?", "Wasp"),
+        ("Was {prompt}?", "was it so?", "it so"),
+    ],
+)
+def test_words_of_the_prompt_are_taken_off_a_new_question(question, reply, asked):
+    """Prevents questions that read "Question: Question: ...", and ones that lose a part of their first word."""
+
+    def script(who: str, prompt: str, seed: int) -> str:
+        return reply if "Write one new question" in prompt else contest(who, prompt, seed)
+
+    workshop = scripted(script)
+    workshop.builder.style = replace(workshop.builder.style, question=question)
+    assert prompts(CompetitiveRounds(rounds=1).apply(ROWS, workshop)[2:]) == [asked]
+
+
+def test_a_row_takes_its_answer_column_or_is_refused_before_anybody_writes():
+    """Prevents a round that is paid for and then stops at a row that has nothing to grade against."""
+    workshop = scripted(contest)
+    made = CompetitiveRounds(rounds=1).apply([{"prompt": "hard one", "answer": "blue"}], workshop)
+    assert made[0]["completion"] == "blue" and len(made) == 2
+    assert any("A right answer: blue" in text for _, text, _ in workshop.rollout.asked)
+    workshop = scripted(contest)
+    with pytest.raises(ValueError, match=r"rounds: row 1 \('bare'\) has no answer"):
+        CompetitiveRounds(rounds=1).apply([ROWS[0], {"prompt": "Bare"}], workshop)
+    assert not workshop.rollout.asked
 
 
 def test_an_answer_without_a_grade_is_not_hard_and_is_counted():
@@ -147,13 +204,22 @@ def test_the_given_rows_come_first_and_stay_as_they_are():
         ("3.5 of 10", 0.35),
         ("0", 0.0),
         ("good", None),
+        ("Out of 10, I would give it 3", 0.3),
+        ("On a scale of 0 to 10: 8", 0.8),
+        ("Grade (0-10): 3", 0.3),
+        ("From 0 (wrong) to 10 (right): 4", 0.4),
+        ("10 out of 10.", 1.0),
+        ("It is 2 + 2 = 4, so 0.", None),
+        ("2/3", None),
+        ("7-8", None),
+        ("3.5x", None),
         ("100", None),
         ("-3", None),
         ("", None),
     ],
 )
 def test_grades_are_read_from_replies(reply, grade):
-    """Prevents a grade from a number that is none."""
+    """Prevents a grade from a number that is none: the scale's own, or a step on the way to it."""
     assert grade_of(reply) == grade
 
 
@@ -173,6 +239,7 @@ def test_conversations_are_refused_in_words():
         ({"temperature": -1}, "temperature is -1"),
         ({"max_new_tokens": 1.5}, "max_new_tokens is 1.5"),
         ({"verifier": "right"}, "verifier is 'right'"),
+        ({"verifier": "reasoning_gym", "rounds": 2}, "verifier is reasoning_gym and rounds is 2"),
         ({"grade_prompt": "{prompt} {answer}"}, "grade_prompt has the fields"),
         ({"rewrite_prompt": "{prompt"}, "which is no template"),
     ],
@@ -187,3 +254,8 @@ def test_it_has_its_key_and_asks_for_a_teacher():
     """Prevents a transform that no recipe can name, or a recipe without a teacher that runs for an hour."""
     assert TRANSFORMS["rounds"] == f"{CompetitiveRounds.__module__}:{CompetitiveRounds.__name__}"
     assert CompetitiveRounds.needs_teacher
+
+
+def test_the_checkers_of_tasks_are_for_one_round():
+    """Prevents that the first round, whose rows can be checked, is refused with the second."""
+    assert CompetitiveRounds(verifier="reasoning_gym", rounds=1).verify is not None

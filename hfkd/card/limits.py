@@ -9,6 +9,7 @@ from hfkd.card.course import ending
 from hfkd.card.differences import against_before, against_forgetting, against_gold
 from hfkd.card.fidelity import interval_of
 from hfkd.card.methods import hides
+from hfkd.card.objective import terms_of
 from hfkd.card.reading import count, number, section, text, value
 from hfkd.card.results import accuracy_of, details_of, each, items_of, other_tasks, shots_of
 from hfkd.card.teaching import demonstrations, moves, moving_words
@@ -16,6 +17,8 @@ from hfkd.card.teaching import demonstrations, moves, moving_words
 _FEW = 200
 """Below so many items an interval is so wide that the card says so."""
 _ERROR = "expected_calibration_error"
+_HEEDING = ("swing", "cross_entropy", "adaptive_label_smoothing", "embedding_neighbours")
+"""The losses that learn less of a token that is marked as private."""
 
 
 def limits(run: Mapping[str, Any], report: Mapping[str, Any]) -> list[str]:
@@ -63,11 +66,20 @@ def _measuring(report: Mapping[str, Any], details: Mapping[str, Any]) -> Iterato
 
 
 def _privacy(run: Mapping[str, Any]) -> Iterator[str]:
-    if hides(run):
+    if not hides(run):
+        return
+    kinds = list(dict.fromkeys(text(term, "kind", "unknown") for term in terms_of(run)))
+    heeding = [kind for kind in kinds if kind in _HEEDING]
+    blind = [kind for kind in kinds if kind not in _HEEDING]
+    if heeding:
         yield (
-            "Tokens that a scorer found private were shown less of. This is no guarantee of privacy: what the scorer "
-            "didn't find was learned like everything else."
+            f"Of tokens that a scorer found private less was learned by {', '.join(heeding)}. This is no guarantee of "
+            "privacy: what the scorer didn't find was learned like everything else."
         )
+    else:
+        yield "Tokens were marked as private. This is no guarantee of privacy, and no known term learned less of them."
+    if blind:
+        yield f"Private tokens were learned like all others, as far as is known, by {', '.join(blind)}."
 
 
 def _teacher(run: Mapping[str, Any], details: Mapping[str, Any]) -> Iterator[str]:

@@ -125,7 +125,7 @@ class DistillationDataset(Dataset):
             teacher reads; empty where that changes with the student's draws.
         longest_prompts: By view (`student`, `teacher`), the most tokens that any example has before its last answer,
             with the longest demonstrations that a draw can pick.
-        groups: The names that the column `domain` has, sorted; empty where it is missing in a row.
+        groups: The names that the column `domain` has, sorted; empty where it is missing in a row that is kept.
         dropped: Rows left out because a view was too long, or the tokenizers had nothing in common.
         dropped_demonstrations: Rows left out because they are demonstrations.
 
@@ -249,7 +249,7 @@ class DistillationDataset(Dataset):
         fixed = {prompt_key(shown) for shown in self.demonstrations}
         weight = _weigher(self.builder)
         constant: list[np.ndarray] = []
-        domains: set[str] = set()
+        domains: set[str | None] = set()
         for number in range(len(self._rows)):
             row = self._rows[number]
             try:
@@ -257,13 +257,14 @@ class DistillationDataset(Dataset):
                     self.dropped_demonstrations += 1
                     continue
                 self._read_row(number, row, weight, constant)
-                domains.add(str(row.get("domain")))
+                if self._kept[-1:] == [number]:
+                    domains.add(None if row.get("domain") is None else str(row["domain"]))
             except ValueError as error:
                 if isinstance(error, _TooLong):
                     raise
                 raise ValueError(f"{self.name} row {number}: {error}") from error
         self._check_left()
-        self.groups = [] if "None" in domains else sorted(domains)
+        self.groups = [] if None in domains else sorted(domains)
         if not self.second_view:
             self._teacher = []
         elif self.whole_text:

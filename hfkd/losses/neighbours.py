@@ -103,6 +103,8 @@ class EmbeddingNeighbours(TokenLoss):
         Returns:
             Ids and their probabilities, [n, k + 1] each; the text's token comes first.
         """
+        if self._head.device != targets.device:  # the model was placed after it had shown its head
+            self._head, self._known = self._head.to(targets.device), None
         if self._known is None or self._known.vocab_size != vocab_size:
             self._known = _Known(self._head[:vocab_size], min(self.neighbours, vocab_size - 1))
         near, distances = self._known.neighbours_of(targets)

@@ -110,11 +110,7 @@ def _together(recipe: Recipe) -> Iterator[str]:
             f"data.sampler: {data.sampler.kind} measures on the rows' own answers, and all answers are written during "
             "training; give data.answer a share of dataset, let the teacher write before training, or leave it out"
         )
-    if any(term.kind == "swing" for term in recipe.loss.terms) and not data.revise:
-        yield (
-            "loss.terms: swing hides tokens that are marked as private, and data.revise is empty; add "
-            "{kind: private}, or name the measure itself"
-        )
+    yield from _private(recipe)
     yield from _transforms(recipe)
     weighs = any(section.kind == "influence" for section in data.transforms)
     if weighs and data.token_weights is not None and ":" in data.token_weights:
@@ -126,6 +122,27 @@ def _together(recipe: Recipe) -> Iterator[str]:
         key = "data.sampler" if data.sampler is not None else "data.revise"
         yield f"{key}: a rewarded run draws its prompts and writes its texts by itself; leave this out"
     yield from _kept_alike(recipe)
+
+
+def _private(recipe: Recipe) -> Iterator[str]:
+    """Marks of private tokens, and terms that heed them: either alone hides nothing. The user's own are trusted."""
+    from hfkd.losses import LOSSES, STATE_LOSSES
+
+    revisers = [section.kind for section in recipe.data.revise]
+    losses = {**LOSSES, **STATE_LOSSES}
+    terms = {term.kind: losses.get(term.kind) for term in recipe.loss.terms}
+    if "swing" in terms and not any(kind == "private" or OWN_NAME.match(kind) for kind in revisers):
+        yield (
+            "loss.terms: swing hides tokens that are marked as private, and data.revise "
+            f"{'marks none' if revisers else 'is empty'}; add {{kind: private}}, or name the measure itself"
+        )
+    heeds = "swing" in terms or any(loss is None or loss.fits_text or not loss.needs for loss in terms.values())
+    if "private" in revisers and not heeds:
+        yield (
+            f"data.revise.{revisers.index('private')}: private marks tokens, and no term heeds the marks "
+            f"({', '.join(terms)}), so nothing would be hidden; put {{kind: swing, measure: ...}} in the place of those "
+            "that ask the teacher, or leave this part out"
+        )
 
 
 def _transforms(recipe: Recipe) -> Iterator[str]:

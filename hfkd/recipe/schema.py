@@ -340,8 +340,8 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _distils_what_is_drawn(self) -> Recipe:
         """Beside a reward the teacher's term is the reverse KL, unless the recipe names another one."""
-        if self.reinforcement is not None and "loss" not in self.model_fields_set:
-            self.loss = LossSection(terms=[TermSection(kind="reverse_kl")])
+        if self.reinforcement is not None and "terms" not in self.loss.model_fields_set:
+            self.loss = self.loss.model_copy(update={"terms": [TermSection(kind="reverse_kl")]})
         return self
 
     def resolved(self) -> dict[str, Any]:

@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from hfkd.data.views import DistillationDataset
 from hfkd.reading import read_batch
 from hfkd.revision.base import Reviser
 from hfkd.revision.needs import check_teacher
 from hfkd.rollout.base import Completion, GenerationSettings, Rollout
 from hfkd.rollout.decoding import TextEnds, eos_ids
 from hfkd.rollout.texts import Side, Text, padding_side, read_texts, write_batch
+from hfkd.rows import position_count
 from hfkd.token_figures import TokenFigures
 
 
@@ -70,7 +72,7 @@ class Correction(Reviser):
         """Look for a teacher, and for a student that writes.
 
         Raises:
-            ValueError: One of them is missing, or another reviser comes first.
+            ValueError: One of them is missing, another reviser comes first, or the student has too few positions.
         """
         super().attach(trainer)
         check_teacher(trainer, "correct", "the teacher corrects")
@@ -87,6 +89,7 @@ class Correction(Reviser):
                 f"correct: {others[0]} comes before it, and what that decides of a text doesn't hold for another one. "
                 "Put `correct` first."
             )
+        self._check_positions()
 
     def revise(self, batches: Sequence[dict[str, Any]], step: int) -> list[dict[str, Any]]:
         """Correct the texts, if the student wrote them."""
@@ -105,6 +108,22 @@ class Correction(Reviser):
         before the corrected one).
         """
         return dict(self._figures)
+
+    def _check_positions(self) -> None:
+        """All begun texts of a step are written on at once, each by as many tokens as the shortest one has left."""
+        dataset, limit, positions = self.trainer.train_dataset, self._limit(), position_count(self.trainer.model)
+        if limit is None or positions is None or not isinstance(dataset, DistillationDataset):
+            return
+        longest = dataset.longest_prompts["student"]
+        needed = longest + 2 * (limit - 1)
+        if needed > positions:
+            most = 1 + (positions - longest) // 2
+            raise ValueError(
+                f"correct: the longest prompt of the student has {longest} tokens, and behind it may stand {limit - 1} "
+                f"of a text that is corrected late while one that is corrected early has {limit - 1} left; both are "
+                f"written on together, for which {needed} positions are needed, above the {positions} of the student. "
+                f"Lower max_new_tokens to at most {most}, or show fewer demonstrations."
+            )
 
     def _corrected(self, batches: Sequence[dict[str, Any]], step: int, counts: np.ndarray) -> list[dict[str, Any]]:
         """Correct each text once; `counts` is added to: corrected texts, their places, all texts."""

@@ -1,7 +1,7 @@
 """Marks which tokens of a step are private, for losses that hide them (`swing`) and for terms that learn the text.
 
 Decodes what is supervised, whoever wrote it, and asks a scorer of `hfkd.privacy`. What becomes of the marks isn't
-known here.
+known here: where no term of the objective heeds them, nothing is hidden.
 """
 
 from __future__ import annotations
@@ -38,6 +38,9 @@ ALL_MARKED_STEPS = 5
 NONE_MARKED_STEPS = 50
 """Steps after which a scorer that has marked nothing is warned of."""
 
+MARKED = 0.5
+"""A token counts as marked where its score is above this: if all are, the scorer tells nothing apart."""
+
 _LOOKED_AT, _COUNTED = 64, 20_000
 """Examples on which a scorer is tried before training, and from which frequencies are counted, at most."""
 
@@ -46,8 +49,9 @@ class PrivateTokens(Reviser):
     """Writes into each batch how private its supervised tokens are, as `private` [B, T].
 
     From then on the text's own token counts 1 - score in terms that learn the text, and `swing` shows the less of the
-    teacher's word. Several of these revisers may follow each other; the highest score counts. Evaluation losses don't
-    pass here: they count every token in full.
+    teacher's word. All other terms that ask the teacher (`forward_kl`, losses on hidden states) learn private tokens
+    like all others: they hide nothing, and beside `swing` they tell what it hides. Several of these revisers may
+    follow each other; the highest score counts. Evaluation losses don't pass here: they count every token in full.
 
     A mechanism against leaking, and no guarantee: nothing here is differentially private.
 
@@ -88,7 +92,7 @@ class PrivateTokens(Reviser):
 
         Raises:
             ValueError: The function can't be imported; there is no tokenizer, or nothing to count frequencies from;
-                or the scorer marks every token.
+                the scorer marks every token; or with `rarity` the texts are too short for any to be rare.
         """
         super().attach(trainer)
         dataset, tokenizer = trainer.train_dataset, trainer.processing_class
@@ -97,7 +101,7 @@ class PrivateTokens(Reviser):
             return
         labels = (dataset[place]["student"]["labels"] for place in _spread(len(dataset), _LOOKED_AT))
         scores = [score for row in labels for _, some in self._scored(row) for score in some]
-        if scores and min(scores) >= 1:
+        if scores and min(scores) > MARKED:
             raise ValueError(_marks_everything(f"all {len(scores)} tokens of the examples that were looked at"))
 
     def revise(self, batches: Sequence[dict[str, Any]], step: int) -> list[dict[str, Any]]:
@@ -106,18 +110,19 @@ class PrivateTokens(Reviser):
         Raises:
             ValueError: The scorer has marked every token, on all processes, for several steps.
         """
-        revised, tokens, total, whole = [], 0, 0.0, 0
+        revised, tokens, total, marked = [], 0, 0.0, 0
         for inputs in batches:
             scores = torch.zeros(inputs["labels"].shape, dtype=torch.float32)
             for row, labels in enumerate(inputs["labels"].tolist()):
                 for start, some in self._scored(labels):
                     scores[row, start : start + len(some)] = torch.tensor(some, dtype=torch.float32)
-                    tokens, total, whole = tokens + len(some), total + sum(some), whole + sum(x >= 1 for x in some)
+                    tokens, total = tokens + len(some), total + sum(some)
+                    marked += sum(score > MARKED for score in some)
             scores = scores.to(inputs["labels"].device)
             known = inputs.get("private")
             revised.append({**inputs, "private": scores if known is None else torch.maximum(known, scores)})
         self._share = (total, float(tokens))
-        self._watch(total_over_processes([tokens, total, whole], self.trainer.args.device).tolist(), step)
+        self._watch(total_over_processes([tokens, total, marked], self.trainer.args.device).tolist(), step)
         return revised
 
     def figures(self) -> dict[str, tuple[float, float]]:
@@ -125,7 +130,7 @@ class PrivateTokens(Reviser):
         return {"private/share": self._share}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """How many steps were looked at, how many in a row were wholly private, and whether anything ever was."""
+        """How many steps were looked at, how many in a row were marked all over, and whether anything ever was."""
         return {"seen": torch.tensor([self._steps, self._all_marked, int(self._found)], dtype=torch.int64)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -161,9 +166,9 @@ class PrivateTokens(Reviser):
 
     def _watch(self, totals: Sequence[float], step: int) -> None:
         """Notice a scorer that tells nothing apart; by figures of all processes, so that they agree."""
-        tokens, total, whole = totals
+        tokens, total, marked = totals
         self._steps, self._found = self._steps + 1, self._found or total > 0
-        self._all_marked = self._all_marked + 1 if tokens and whole == tokens else 0
+        self._all_marked = self._all_marked + 1 if tokens and marked == tokens else 0
         if self._all_marked >= ALL_MARKED_STEPS:
             raise ValueError(_marks_everything(f"every token of {ALL_MARKED_STEPS} steps up to step {step + 1}"))
         if self._steps == NONE_MARKED_STEPS and not self._found and is_main_process():
@@ -194,6 +199,6 @@ def _spread(count: int, most: int) -> range:
 
 def _marks_everything(what: str) -> str:
     return (
-        f"private: the scorer marks {what} as wholly private, so nothing would be learned of the teacher. Give it "
-        "less to find (patterns, min_digits, common and rare, or your function)."
+        f"private: the scorer marks {what} as private (scores above {MARKED}), so next to nothing would be learned of "
+        "the teacher. Give it less to find (patterns, min_digits, common and rare, or your function)."
     )

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import TrainerCallback
 
 from hfkd.distributed import total_over_processes
 from hfkd.errors import NothingToLearn
@@ -60,7 +61,8 @@ class Selection(Reviser):
     student as a share of log V. A token's confidence is the largest probability that the teacher gives there, its need
     the student's entropy in the same measure. Kept is what reaches both thresholds; the rest is unsupervised in both
     views and isn't counted, so the loss stays a mean over what is learned. In a step that keeps nothing on any process
-    all weights are 0, so that nothing is learned.
+    all weights are 0, and the optimizer is shown no gradient at all, so that neither its momentum nor a weight decay
+    moves the student. Where DeepSpeed or a scaler of float16 makes the step, both still do.
 
     One more forward of the student and of the teacher a micro-batch, so it saves no time: what it may save is text.
 
@@ -123,6 +125,12 @@ class Selection(Reviser):
             self.groups = _domains(trainer)
         self._vocab_size = Head.of(trainer.model).vocab_size
         self._moving = self._fresh()
+        trainer.add_callback(_EmptySteps(self))
+
+    @property
+    def kept_nothing(self) -> bool:
+        """Whether the last step had nothing to learn, the same on all processes."""
+        return self._empty_steps > 0
 
     def revise(self, batches: Sequence[dict[str, Any]], step: int) -> list[dict[str, Any]]:
         """Leave out what doesn't reach the thresholds of this step, which has moved them before.
@@ -247,6 +255,19 @@ class Selection(Reviser):
         learned["selection/confidence"] = confidence.sum(), len(confidence)
         learned["selection/need"] = need.sum(), len(need)
         self._figures = {name: (float(part), float(whole)) for name, (part, whole) in learned.items()}
+
+
+class _EmptySteps(TrainerCallback):
+    """Takes the gradients away from an optimizer where a selection kept nothing: of zeros it would go on moving."""
+
+    def __init__(self, selection: Selection) -> None:
+        self.selection = selection
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Between the backward pass and the optimizer's step."""
+        scaler = getattr(self.selection.trainer.accelerator, "scaler", None)  # it insists on gradients
+        if self.selection.kept_nothing and scaler is None:
+            kwargs["optimizer"].zero_grad(set_to_none=True)
 
 
 def items_of(figures: TokenFigures, groups: NDArray[np.int64], vocab_size: int, by: str) -> Items:

@@ -333,7 +333,7 @@ class _Conductor:
         return report
 
     def _gold_baseline(self, rows: list[dict[str, Any]]) -> None:
-        """Fine-tune a fresh student on the data set's own answers, with the rows before transforms: all else is alike."""
+        """Fine-tune a fresh student on the data set's own answers to the rows before transforms; all else is alike."""
         run, folder = self.run, self.run.output_dir / GOLD_BASELINE
         changes = {
             **ASIDE,

@@ -12,10 +12,10 @@ from numbers import Real
 from typing import Any, Literal
 
 from hfkd.data.messages import completion_text
-from hfkd.data.verify import as_verifier
+from hfkd.data.verify import VERIFIERS, as_verifier
 from hfkd.errors import NothingToLearn
 from hfkd.transforms.base import Row, RowTransform, Workshop
-from hfkd.transforms.texts import STUDENT, WRITERS, check_writer, prompts_of, written
+from hfkd.transforms.texts import STUDENT, WRITERS, check_writer, labelled, prompts_of, written
 
 GOLD = ("always", "unsolved", "never")
 
@@ -38,8 +38,8 @@ class RejectionSampling(RowTransform):
         samples: Answers to each prompt.
         keep: The most different answers that are kept of a prompt, which is then asked no more; null keeps all.
         threshold: What the verifier must give an answer, above 0 and at most 1.
-        gold: Whether the row's own answer is learned as well: `always`, where no sample was accepted (`unsolved`), or
-            `never`.
+        gold: Whether the row's own answer (its completion, else its `answer`) is learned as well: `always`, where no
+            sample was accepted (`unsolved`), or `never`.
         temperature: Of the samples; the other settings are those of data.generation.
         demonstrations: Whether a student reads the demonstrations while it writes.
 
@@ -79,6 +79,7 @@ class RejectionSampling(RowTransform):
                 "temperature above 0, or samples to 1."
             )
         self.verify = as_verifier(verifier)
+        self.needs_answers = gold != "never" or verifier in VERIFIERS
         self.writer, self.samples, self.keep = writer, samples, keep
         self.threshold, self.gold, self.temperature = float(threshold), gold, float(temperature)
         self.demonstrations = demonstrations
@@ -90,9 +91,10 @@ class RejectionSampling(RowTransform):
         Raises:
             NothingToLearn: No sample was accepted, and the gold answers are not to be learned.
             VerifierError: The verifier fails, or gives no number from 0 to 1; names the row.
-            ValueError: There is no model that could write.
+            ValueError: There is no model that could write, or a row has no answer and one is needed.
         """
         check_writer(workshop, self.writer, "rejection")
+        rows = labelled(rows, workshop, "rejection") if self.needs_answers else rows
         asked = [_Answered(dict(row)) for row in rows]
         counts: Counter[str] = Counter()
         for draw in range(self.samples):

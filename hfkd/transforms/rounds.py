@@ -15,7 +15,7 @@ from typing import Any
 from hfkd.data.messages import completion_text, prompt_key
 from hfkd.data.verify import as_verifier
 from hfkd.transforms.base import Row, RowTransform, Workshop
-from hfkd.transforms.texts import STUDENT, TEACHER, check_writer, prompts_of, written
+from hfkd.transforms.texts import STUDENT, TEACHER, check_writer, labelled, prompts_of, written
 
 GRADE = (
     "Question: {prompt}\nA right answer: {reference}\nAn answer to grade: {answer}\n"
@@ -26,30 +26,35 @@ REWRITE = (
     "the new question alone."
 )
 _BEST = 10.0
-_NUMBER = re.compile(r"(?<![\d.-])\d+(?:\.\d+)?")
+_NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?!\w|\.\d)")
+_SCALE = re.compile(r"\b0\s*(?:\(\w+\)\s*)?(?:to|-|–)\s*10\b|(?:/|\bout of\b|\bof\b)\s*10\b", re.IGNORECASE)
+_MARKS = " \"'`*_“”"
 
 
 class CompetitiveRounds(RowTransform):
     """Adds questions like those that the student fails on, each answered by the teacher.
 
     In each round the student answers greedily, first the training rows and then what the round before has made. Each
-    answer is graded against the row's own. Of a hard question the teacher writes a new one; those that are empty, or
-    were there before (held-out rows and demonstrations count), are left out and counted.
+    answer is graded against the row's own (its completion, else its `answer`). Of a hard question the teacher writes a
+    new one; those that are empty, or were there before (held-out rows and demonstrations count), are left out and
+    counted. A question was there before also if it stands behind a colon or in a line by itself.
 
     Args:
         rounds: How many, at least 1; it ends before where nothing is hard.
         hard_below: A question is hard if its answer has a grade below this, from 0 to 1.
         most: The most hard questions of a round that are written anew, the lowest grades first; null takes all.
         verifier: Grades in place of the teacher (see `hfkd.data.verify`); it must be one that needs no more of a row
-            than its `answer`, because a new question has nothing else.
-        grade_prompt: What the teacher is asked for a grade, with `{prompt}`, `{reference}` and `{answer}`; the first
+            than prompt and `answer`, because a new question has nothing else. `reasoning_gym` does, and is for one
+            round.
+        grade_prompt: What the teacher is asked for a grade, with `{prompt}`, `{reference}` and `{answer}`; the one
             number of its reply counts, from 0 to 10.
-        rewrite_prompt: What it is asked for a new question, with `{prompt}`.
+        rewrite_prompt: What it is asked for a new question, with `{prompt}`; what stands before that in its line is
+            taken off the reply.
         temperature: Of the new questions; grades and answers are greedy.
         max_new_tokens: Of a new question.
 
     Raises:
-        ValueError: A setting is outside its limits, or there is no such verifier.
+        ValueError: A setting is outside its limits, or there is no such verifier, or it can't judge a second round.
 
     Paper:
         Li et al. (CoMD), 2023, https://arxiv.org/abs/2311.08213: four rounds of answering, grading, writing anew, and
@@ -81,6 +86,12 @@ class CompetitiveRounds(RowTransform):
             raise ValueError("hard_below is 0, and no grade is below it: nothing would be hard. Set it above 0.")
         _check_fields("grade_prompt", grade_prompt, {"prompt", "reference", "answer"})
         _check_fields("rewrite_prompt", rewrite_prompt, {"prompt"})
+        if verifier == "reasoning_gym" and rounds > 1:
+            raise ValueError(
+                f"verifier is reasoning_gym and rounds is {rounds}; its checkers read the row's `verification`, and "
+                "new questions have a prompt and an `answer` alone. Set rounds to 1, leave verifier out, or take "
+                "exact, contains, or a function of yours that reads no more than these."
+            )
         self.verify = None if verifier is None else as_verifier(verifier)
         self.rounds, self.hard_below, self.most = rounds, float(hard_below), most
         self.grade_prompt, self.rewrite_prompt = grade_prompt, rewrite_prompt
@@ -91,7 +102,7 @@ class CompetitiveRounds(RowTransform):
         """Return the given rows, and behind them the new ones.
 
         Raises:
-            ValueError: A prompt isn't plain text, or there is no model that could write.
+            ValueError: A prompt isn't plain text, a row has no answer, or there is no model that could write.
             VerifierError: The verifier fails, or gives no number from 0 to 1; names the row.
         """
         check_writer(workshop, STUDENT, "rounds")
@@ -102,8 +113,9 @@ class CompetitiveRounds(RowTransform):
                     f"rounds: row {number} has no prompt in plain text, and only that can be written anew. Map a "
                     "column of texts to prompt, or leave this transform out."
                 )
-        known = {prompt_key(row) for row in (*rows, *workshop.held_out, *workshop.demonstrations)}
-        made, pool, self._told = [dict(row) for row in rows], list(rows), []
+        known = {prompt_key(row).strip(_MARKS) for row in (*rows, *workshop.held_out, *workshop.demonstrations)}
+        made, self._told = labelled(rows, workshop, "rounds"), []
+        pool = list(made)
         for number in range(1, self.rounds + 1):
             pool = self._round(number, pool, known, workshop)
             made += pool
@@ -122,12 +134,13 @@ class CompetitiveRounds(RowTransform):
         hard = sorted(hard, key=lambda place: grades[place])[: self.most]
         asked = [self.rewrite_prompt.format(prompt=pool[place]["prompt"]) for place in sorted(hard)]
         options = {"temperature": self.temperature, "max_new_tokens": self.max_new_tokens}
-        texts = self._ask(workshop, asked, f"rounds_{number}_questions", number, **options)
+        replies = self._ask(workshop, asked, f"rounds_{number}_questions", number, **options)
+        texts = [self._question(reply, workshop) for reply in replies]
         fresh = []
         for text in texts:
-            key = prompt_key({"prompt": text})
-            if key and key not in known:
-                known.add(key)
+            keys = _asked_in(text)
+            if keys and known.isdisjoint(keys):
+                known.add(keys[0])
                 fresh.append({"prompt": text})
         answers = written(
             workshop, TEACHER, prompts_of(workshop, TEACHER, fresh), f"rounds_{number}_answers", temperature=0.0
@@ -148,6 +161,16 @@ class CompetitiveRounds(RowTransform):
         said = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in self._told[-1].items())
         workshop.say(f"rounds: round {number}: {said}.")
         return new
+
+    def _question(self, reply: str, workshop: Workshop) -> str:
+        """A reply without the words that the prompts have around a question, which teachers like to repeat."""
+        text, question = reply.strip(), workshop.builder.style.question
+        for template in (self.rewrite_prompt, question):
+            label = template.partition("{prompt}")[0].rpartition("\n")[2].strip()
+            if label:
+                text = re.sub(rf"^{re.escape(label)}(?!(?<=\w)\w)", "", text, flags=re.IGNORECASE).strip()
+        after = question.partition("{prompt}")[2].strip()
+        return text.partition(f"\n{after}")[0].removesuffix(after).strip() if after else text
 
     def _grades(self, number: int, pool: Sequence[Row], workshop: Workshop) -> list[float | None]:
         """What each answer of the student is worth, from 0 to 1; None where the teacher gave no number."""
@@ -177,11 +200,22 @@ class CompetitiveRounds(RowTransform):
 
 
 def grade_of(reply: str) -> float | None:
-    """The first number of a reply, over ten; None where there is none from 0 to 10."""
-    found = _NUMBER.search(reply)
-    if found is None or not 0 <= float(found.group()) <= _BEST:
-        return None
-    return float(found.group()) / _BEST
+    """The number of a reply, over ten; None where it isn't from 0 to 10, or there is another one beside it. What names
+    the scale ("out of 10", "0 to 10") is no number of these.
+    """
+    numbers = [float(found) for found in _NUMBER.findall(_SCALE.sub(" ", reply))]
+    return numbers[0] / _BEST if len(numbers) == 1 and 0 <= numbers[0] <= _BEST else None
+
+
+def _asked_in(text: str) -> list[str]:
+    """What a text may be asking, as prompts are compared: the whole first, then its lines, and what stands behind a
+    colon. Empty where there is no text.
+    """
+    keys = []
+    for piece in (text, *text.splitlines()):
+        key = prompt_key({"prompt": piece})
+        keys += [key, *(key[place + 1 :] for place, sign in enumerate(key) if sign == ":")]
+    return [bare for key in keys if (bare := key.strip(_MARKS))]
 
 
 def _check_fields(name: str, template: str, fields: set[str]) -> None:

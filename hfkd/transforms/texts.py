@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hfkd.data.messages import completion_text, prompt_key
 from hfkd.data.views import teacher_prompts
 from hfkd.rollout.answers import teacher_answers
 from hfkd.rollout.base import GenerationSettings, Rollout
@@ -45,6 +46,34 @@ def check_writer(workshop: Workshop, writer: str, who: str) -> None:
     if writer == TEACHER and (workshop.teacher is None or not workshop.teacher.writes):
         kind = "there is none" if workshop.teacher is None else f"{type(workshop.teacher).__name__} can't write"
         raise ValueError(f"{who} lets the teacher write, and {kind}. Take a teacher that is one model in memory.")
+
+
+def labelled(rows: Sequence[Row], workshop: Workshop, who: str) -> list[Row]:
+    """Copy the rows, each with its answer as the text to learn: a row without one takes what stands in its `answer`.
+
+    Args:
+        rows: As they were given.
+        workshop: Says how answers are written.
+        who: Asks, for messages.
+
+    Raises:
+        ValueError: A row has neither; names it.
+    """
+    return [_labelled(number, row, workshop, who) for number, row in enumerate(rows)]
+
+
+def _labelled(number: int, row: Row, workshop: Workshop, who: str) -> Row:
+    try:
+        completion_text(row)
+        return dict(row)
+    except ValueError as error:
+        answer = row.get("answer")
+        if isinstance(answer, str) and answer.strip():
+            return workshop.builder.with_answer(row, answer)
+        raise ValueError(
+            f"{who}: row {number} ({prompt_key(row)[:60]!r}) has no answer, neither as its completion nor in the "
+            f"column answer: {error}. Give each row one, or take {who} out of data.transforms."
+        ) from error
 
 
 def prompts_of(workshop: Workshop, writer: str, rows: Sequence[Row], demonstrations: bool = False) -> list[list[int]]:
