@@ -104,9 +104,9 @@ class RarityScorer(TokenScorer):
             raise ValueError("No token was counted, so that none is rare. Give texts to count, or use patterns.")
         if self.total * rare < 1 - 1e-9:
             raise ValueError(
-                f"{self.total} tokens were counted, so none is rarer than 1 in {self.total}, and rare is {rare}: hardly "
-                f"anything would be hidden. Set rare to {1.05 / self.total:.1e} or more and common well above it, count "
-                "more text, or use patterns."
+                f"{self.total} tokens were counted, so none is rarer than 1 in {self.total}, and rare is {rare}: "
+                f"hardly anything would be hidden. Set rare to {1.05 / self.total:.1e} or more and common well above it, "
+                "count more text, or use patterns."
             )
         self.counts, self.common, self.rare = counts, common, rare
 

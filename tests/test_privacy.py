@@ -157,7 +157,7 @@ def test_rarity_is_linear_in_the_logarithm_of_the_frequency():
 
 
 def test_rarity_is_refused_where_too_little_was_counted(tmp_path):
-    """Prevents a small set in which the rarest token, and one never seen, score 0 while the user believes in hiding."""
+    """Prevents a small set in which the rarest token, and one never seen, score 0 without a word."""
     with pytest.raises(
         ValueError, match=r"900 tokens were counted.*Set rare to 1\.2e-03 or more and common well above"
     ):
@@ -221,7 +221,7 @@ def test_the_higher_of_two_scores_counts(tmp_path):
 def test_rarity_counts_the_training_rows(tmp_path):
     """Prevents frequencies of something else than the run's own texts."""
     rows = [{"prompt": "go", "completion": "walked" if place else "quick"} for place in range(16)]
-    trainer, _, batches, after = revised(tmp_path, rows, PrivateTokens("rarity", common=0.04, rare=0.005))
+    trainer, _, batches, after = revised(tmp_path, rows, PrivateTokens("rarity", common=0.04, rare=0.01))
     hidden = {int(one) for new in after for one in new["labels"][new["private"] > 0]}
     text = trainer.processing_class.decode(sorted(hidden))
     assert hidden and set(text.replace(" ", "")) <= set("quick")
@@ -229,7 +229,7 @@ def test_rarity_counts_the_training_rows(tmp_path):
 
 def test_rarity_counts_all_that_is_read(tmp_path):
     """Prevents a token that every prompt has from being called rare, and padding marks from being counted as text."""
-    trainer, reviser, _, _ = revised(tmp_path, reviser=PrivateTokens("rarity", common=0.04, rare=0.005))
+    trainer, reviser, _, _ = revised(tmp_path, reviser=PrivateTokens("rarity", common=0.04, rare=0.01))
     dataset = trainer.train_dataset
     expected = Counter(one for place in range(len(dataset)) for one in dataset[place]["student"]["input_ids"])
     assert reviser.scorer.counts == expected and IGNORE not in reviser.scorer.counts

@@ -171,10 +171,10 @@ def test_drawn_numbers_are_uniform_and_do_not_hang_together():
 def test_a_list_of_all_ids_is_the_dense_teacher(noise, temperature):
     """Prevents a cached run that hides something else than a live one; random noise differs, its size does not."""
     student, teacher, targets = case()
-    known, ids = teacher.log_softmax(-1).topk(IDS, -1)
+    known, ids = (teacher / temperature).log_softmax(-1).topk(IDS, -1)
     loss = Swing(noise=noise, noise_share=0.3, temperature=temperature)
     dense = loss._shown(chunk()).log_probs(temperature)[1]
-    listed = loss._shown(TokenChunk(targets, student, TopKRows(ids, known, IDS), private=MARKS))
+    listed = loss._shown(TokenChunk(targets, student, TopKRows(ids, known, IDS, temperature), private=MARKS))
     spread = torch.full_like(dense, -torch.inf).scatter(-1, ids, listed.log_probs(temperature)[1])
     if noise in ("none", "uniform"):
         torch.testing.assert_close(spread, dense, atol=1e-5, rtol=1e-5)

@@ -140,8 +140,8 @@ def _private(recipe: Recipe) -> Iterator[str]:
     if "private" in revisers and not heeds:
         yield (
             f"data.revise.{revisers.index('private')}: private marks tokens, and no term heeds the marks "
-            f"({', '.join(terms)}), so nothing would be hidden; put {{kind: swing, measure: ...}} in the place of those "
-            "that ask the teacher, or leave this part out"
+            f"({', '.join(terms)}), so nothing would be hidden; put {{kind: swing, measure: ...}} in the place of "
+            "those that ask the teacher, or leave this part out"
         )
 
 

@@ -119,8 +119,8 @@ class Correction(Reviser):
         if needed > positions:
             most = 1 + (positions - longest) // 2
             raise ValueError(
-                f"correct: the longest prompt of the student has {longest} tokens, and behind it may stand {limit - 1} "
-                f"of a text that is corrected late while one that is corrected early has {limit - 1} left; both are "
+                f"correct: the longest prompt of the student has {longest} tokens, and behind it may stand "
+                f"{limit - 1} of a text that is corrected late while one that is corrected early has {limit - 1} left; both are "
                 f"written on together, for which {needed} positions are needed, above the {positions} of the student. "
                 f"Lower max_new_tokens to at most {most}, or show fewer demonstrations."
             )
