@@ -105,8 +105,8 @@ class RarityScorer(TokenScorer):
         if self.total * rare < 1 - 1e-9:
             raise ValueError(
                 f"{self.total} tokens were counted, so none is rarer than 1 in {self.total}, and rare is {rare}: "
-                f"hardly anything would be hidden. Set rare to {1.05 / self.total:.1e} or more and common well above it, "
-                "count more text, or use patterns."
+                f"hardly anything would be hidden. Set rare to {1.05 / self.total:.1e} or more and common well above "
+                "it, count more text, or use patterns."
             )
         self.counts, self.common, self.rare = counts, common, rare
 

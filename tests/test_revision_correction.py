@@ -160,7 +160,7 @@ def test_a_batch_stays_padded_where_it_was(correct, side):
     assert batch["attention_mask"][1].tolist() == (gap + text if side == "left" else text + gap)
 
 
-@pytest.mark.parametrize(("tokens", "fits"), [(1989, False), (996, False), (995, True)])
+@pytest.mark.parametrize(("tokens", "fits"), [(1989, False), (1020, False), (1019, True)])
 def test_texts_that_are_written_on_together_fit(tmp_path, tokenizer, tokens, fits):
     """A run in which each text fits by itself would end in the middle, by what happens to be sampled."""
     rollout = HFRollout(tokenizer, GenerationSettings(max_new_tokens=tokens, temperature=1.0))
@@ -172,7 +172,7 @@ def test_texts_that_are_written_on_together_fit(tmp_path, tokenizer, tokens, fit
         make_trainer(tmp_path, [Correction()], **own)
         return
     with pytest.raises(
-        ValueError, match=r"correct: .* above the 2048 of the student\. Lower max_new_tokens to at most 995"
+        ValueError, match=r"correct: .* above the 2048 of the student\. Lower max_new_tokens to at most 1019"
     ):
         make_trainer(tmp_path, [Correction()], **own)
 

@@ -120,8 +120,8 @@ class Correction(Reviser):
             most = 1 + (positions - longest) // 2
             raise ValueError(
                 f"correct: the longest prompt of the student has {longest} tokens, and behind it may stand "
-                f"{limit - 1} of a text that is corrected late while one that is corrected early has {limit - 1} left; both are "
-                f"written on together, for which {needed} positions are needed, above the {positions} of the student. "
+                f"{limit - 1} of a text that is corrected late while one that is corrected early has {limit - 1} left; "
+                f"both are written on together, for which {needed} positions are needed, above the {positions} of the student. "
                 f"Lower max_new_tokens to at most {most}, or show fewer demonstrations."
             )
 
