@@ -119,10 +119,10 @@ class Correction(Reviser):
         if needed > positions:
             most = 1 + (positions - longest) // 2
             raise ValueError(
-                f"correct: the longest prompt of the student has {longest} tokens, and behind it may stand "
-                f"{limit - 1} of a text that is corrected late while one that is corrected early has {limit - 1} left; "
-                f"both are written on together, for which {needed} positions are needed, above the {positions} of the student. "
-                f"Lower max_new_tokens to at most {most}, or show fewer demonstrations."
+                f"correct: the longest prompt of the student has {longest} tokens, and texts that are corrected late "
+                f"and early ({limit - 1} tokens stand, or are left) are written on together; that may take {needed} "
+                f"positions, above the {positions} of the student. Lower max_new_tokens to at most {most}, or show "
+                "fewer demonstrations."
             )
 
     def _corrected(self, batches: Sequence[dict[str, Any]], step: int, counts: np.ndarray) -> list[dict[str, Any]]:

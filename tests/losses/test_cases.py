@@ -58,6 +58,10 @@ BY_HAND = [
     # .45 ln(.45/.25) + .25 ln(.25/.30) + .15 ln(.15/.20) + .10 ln(.10/.05) + .05 ln(.05/.20)
     # = .264504 - .045580 - .043152 + .069315 - .069315
     ("forward_kl", {}, 0.175771),
+    # nothing is private: the measure itself; what it is at private tokens is below
+    ("swing", {}, 0.175771),
+    # no head was shown: -ln .20; with one it is below
+    ("embedding_neighbours", {}, 1.609438),
     # .25 ln(.25/.45) + .30 ln(.30/.25) + .20 ln(.20/.15) + .05 ln(.05/.10) + .20 ln(.20/.05)
     # = -.146947 + .054696 + .057536 - .034657 + .277259
     ("reverse_kl", {}, 0.207888),
@@ -128,6 +132,31 @@ def test_direction_is_the_one_in_the_name(kind, arguments, expected):
 def test_every_loss_is_pinned_by_hand():
     """Prevents a new loss whose direction rests on its own docstring."""
     assert {case[0] for case in BY_HAND} | NEEDS_TWO_ROWS == set(LOSSES)
+
+
+def test_swing_softens_private_tokens_by_hand():
+    """Prevents a temperature that goes the wrong way: a private token's teacher must be flatter, not sharper."""
+    logits = [torch.tensor([values, values]).log() for values in (STUDENT, TEACHER)]
+    chunk = TokenChunk(torch.tensor([4, 4]), *logits, private=torch.tensor([1.0, 0.5]))
+    for place, heat in enumerate((3.0, 2.0)):  # 1 + (3 - 1) s
+        raised = [p ** (1 / heat) for p in TEACHER]
+        flat = tuple(value / sum(raised) for value in raised)
+        found = LOSSES["swing"](max_temperature=3.0)(chunk)[place].item()
+        assert found == pytest.approx(by_hand(flat, STUDENT), abs=1e-6)
+
+
+def test_embedding_neighbours_by_hand():
+    """Prevents mass for the farthest tokens, or a text's token that keeps less than its own neighbours."""
+    loss = LOSSES["embedding_neighbours"](neighbours=1, spread=1.0, cap=0.9)
+    # centred they are already, and of length 1: the nearest of the first is the second, at sqrt(2); the third is at 2
+    loss.read_head(torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]]))
+    student = (0.4, 0.3, 0.2, 0.1)
+    found = loss(TokenChunk.from_logits(torch.tensor([0]), torch.tensor([student]).log())).item()
+    share = math.exp(-math.sqrt(2)) / (1 + math.exp(-math.sqrt(2)))
+    expected = [
+        by_hand((1 - share, share), (0.4, near)) for near in (0.3, 0.1)
+    ]  # the second and the fourth are as near
+    assert min(abs(found - one) for one in expected) < 1e-6
 
 
 def test_forward_kl_is_not_the_cross_entropy_against_the_teacher():
