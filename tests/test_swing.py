@@ -208,9 +208,10 @@ def test_each_row_of_a_cache_has_noise_of_its_own(noise):
     ids = torch.tensor([[1, 2, 3, 4, 10 + row] for row in range(ROWS_HERE)])
     rows = TopKRows(ids, torch.full((ROWS_HERE, 5), 0.1).log(), IDS)
     loss = Swing(max_temperature=1e6, noise=noise, noise_share=1.0)
-    shown = loss._shown(TokenChunk(targets, student, rows, private=torch.ones(ROWS_HERE)))
-    order = shown.top_ids(shown.listed).argsort(dim=-1)[:, :4]  # the ids that all rows list
-    of_same_ids = shown.log_probs()[1].gather(-1, order).double()
+    ones = torch.ones(ROWS_HERE)
+    shown = loss._listed(TokenChunk(targets, student, rows, private=ones), 1e6 * ones)
+    order = shown.ids.argsort(dim=-1)[:, :4]  # the ids that all rows list
+    of_same_ids = shown.log_probs.gather(-1, order).double()
     ratios = of_same_ids[:, :3] - of_same_ids[:, 3:]
     apart = (ratios[:, None] - ratios[None]).abs().amax(-1)
     assert (apart[~torch.eye(ROWS_HERE, dtype=torch.bool)] > 1e-2).all()
