@@ -86,9 +86,11 @@ def _teacher(run: Mapping[str, Any], details: Mapping[str, Any]) -> Iterator[str
     kind = text(run, "recipe.teacher.kind")
     if kind == "none" or not kind:
         return
-    yield (
-        "The student learned what the teacher says, right or wrong; it is not expected to be better than the teacher."
-    )
+    if not section(run, "recipe.reinforcement"):
+        yield (
+            "The student learned what the teacher says, right or wrong; it is not expected to be better than the "
+            "teacher."
+        )
     stage, shots = teacher_figure(run, details)
     if not stage:
         yield "How good the teacher is at this task itself was not measured."

@@ -8,6 +8,7 @@ from typing import Any
 from hfkd.card.markdown import Markdown, code, joined
 from hfkd.card.reading import count, entries, section, text, value
 
+_TOLD = ("kind", "before", "after")
 _PAPERS = {
     "domains": "2407.16154",
     "hard_prompts": "2305.14890",
@@ -46,7 +47,8 @@ def _lines(run: Mapping[str, Any]) -> Iterator[Markdown]:
         told = done[place] if place < len(done) else {}
         known = isinstance(value(told, "before"), int) and isinstance(value(told, "after"), int)
         became = f"made {count(told, 'after')} rows of {count(told, 'before')}" if known else "made the training rows"
-        yield joined([_named(part), became + _settings_after(part)])
+        counts = ", ".join(f"{name} {one}" for name, one in told.items() if name not in _TOLD and isinstance(one, int))
+        yield joined([_named(part), became + _settings_after(part), f"({counts})" if counts else ""])
     if sampler := section(run, "recipe.data.sampler"):
         yield joined([_named(sampler), "chose the examples of each step" + _settings_after(sampler)])
     for part in entries(run, "recipe.data.revise"):

@@ -47,7 +47,8 @@ def term_lines(terms: list[dict[str, Any]]) -> list[Markdown]:
         shown = ", ".join(f"{key} {_worded(one)}" for key, one in settings.items())
         head = Markdown(f"{plain(_worded(value(term, 'weight') or 1.0))} x {code(text(term, 'kind', 'unknown'))}")
         head = Markdown(f"{head}: {code(term['formula'])}") if term["formula"] else head
-        paper = Markdown(f"From: {_linked(term['paper'])}") if term["paper"] else ""
+        said = term["paper"].removeprefix("None. ")  # of a loss from nowhere, with what it becomes
+        paper = Markdown(f"From: {_linked(said)}" if said == term["paper"] else _linked(said)) if said else ""
         lines.append(joined([head, f"({shown})" if shown else "", paper]))
     return lines
 

@@ -26,7 +26,8 @@ def teacher_words(run: Mapping[str, Any]) -> Markdown:
     if not kind:
         return Markdown("Who the teacher was isn't recorded.")
     if kind == "none":
-        return Markdown("There was no teacher: the student learned from the answers alone.")
+        whose = "a reward" if section(run, "recipe.reinforcement") else "the answers"
+        return Markdown(f"There was no teacher: the student learned from {whose} alone.")
     cached = ", read from a cache of what it says" if teacher.get("cache") else ""
     plural = kind in ("mixture", "routed")
     begins = f"The teachers are {_whose(teacher)}; they" if plural else f"The teacher is {_whose(teacher)}{cached}; it"

@@ -104,7 +104,17 @@ def done(run: Mapping[str, Any], report: Mapping[str, Any]) -> Markdown:
         what = Markdown(f"{what} at revision {code(revision)}")
     teacher = text(run, "recipe.teacher.kind")
     how = ", on answers alone." if teacher == "none" else ", by distillation: the student learned what a teacher says."
+    if section(run, "recipe.reinforcement"):
+        how = f", by a reward{'' if teacher == 'none' else ' and a teacher'} on answers that the student drew itself."
     return Markdown(f"{what}{how if teacher else '.'}\n{_parameters(run)}{_length(run, report)}")
+
+
+def _then(data: Mapping[str, Any]) -> str:
+    """What became of the answers before they were learned, where something may have."""
+    writers = [
+        text(part, "kind") for part in entries(data, "transforms") if text(part, "kind") in ("rejection", "rounds")
+    ]
+    return f" Then {' and '.join(writers)} put other texts in the place of some, as told below." if writers else ""
 
 
 def _parameters(run: Mapping[str, Any]) -> str:
@@ -123,7 +133,8 @@ def _length(run: Mapping[str, Any], report: Mapping[str, Any]) -> str:
     each += [f"a learning rate of {rate:g}"] if rate else []
     words += [" at ".join(each)] if each else []
     if losses:
-        words.append(f"the logged loss went from {losses[0]:.4g} to {losses[-1]:.4g} nats per token")
+        unit = "" if section(run, "recipe.reinforcement") else " nats per token"
+        words.append(f"the logged loss went from {losses[0]:.4g} to {losses[-1]:.4g}{unit}")
     return "; ".join(words) + "."
 
 
@@ -140,7 +151,7 @@ def answers_words(run: Mapping[str, Any]) -> str:
             f"The answers are the teacher's own, {how}."
             if answer == "teacher"
             else ("The answers are those of the data set.")
-        )
+        ) + _then(data)
     shares = answer if isinstance(answer, Mapping) else {str(answer): 1.0}
     shares = {name: number(shares, name) or 0.0 for name in shares}
     total = sum(shares.values()) or 1.0

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from hfkd.narrowing import narrowed
 from hfkd.recipe.schema import TeacherSection
+from hfkd.run.rewarded_terms import rewarded_terms
 from hfkd.schedules import in_words
 from hfkd.student import kept_layers
 
@@ -28,6 +29,7 @@ def plan_lines(run: Run) -> list[str]:
         f"Teacher     {_teacher(run)}",
         f"Data        {recipe.data.train.path}: {len(run.train)} to train, {len(run.demonstrations)} demonstrations",
         f"Answers     {_answers(run)}",
+        *_deciding(run),
         f"Objective   {_objective(run)}",
         f"Training    {_length(run)}",
     ]
@@ -100,7 +102,18 @@ def _answers(run: Run) -> str:
     return f"written {how} at each step: {shares}"
 
 
+def _deciding(run: Run) -> list[str]:
+    """Which parts decide what is learned; no line without any."""
+    data = run.recipe.data
+    parts = [*(part.kind for part in data.transforms), *([data.sampler.kind] if data.sampler else [])]
+    parts += [part.kind for part in data.revise]
+    return [f"Decides     {', '.join(parts)}"] if parts else []
+
+
 def _objective(run: Run) -> str:
+    if run.recipe.reinforcement is not None:
+        terms = rewarded_terms(run.recipe)
+        return " + ".join(f"{in_words(term['weight'])} x {term['kind']}" for term in terms)
     return " + ".join(f"{in_words(term['weight'])} x {term['name']}" for term in run.objective.describe())
 
 
@@ -193,6 +206,6 @@ def summary_lines(folder: Path, report: Mapping[str, Any]) -> list[str]:
                 lines.append(f"Note        {name}, {shots}-shot: {result['verdict']}")
     lines.append(
         f"Written     {folder}: the weights, run.json, report.json, report.html (all of it in one page), plots/, "
-        "predictions.jsonl, recipe.yaml and README.md (a model card)"
+        f"{'predictions.jsonl, ' if report.get('k_shot_details') else ''}recipe.yaml and README.md (a model card)"
     )
     return lines
