@@ -53,6 +53,19 @@ def test_one_domain_is_an_error_before_anything_is_asked(folder: Path, monkeypat
     assert not asked
 
 
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("data.transforms=[{kind: prune, keep: 0.5, by: score}]", "None as 'score'"),
+        ("data.revise=[{kind: select, per: domain}]", "only the domain 'one'"),
+    ],
+)
+def test_columns_that_parts_go_by_are_looked_for_first(folder: Path, override: str, said: str) -> None:
+    """A check that passes what the run refuses after all questions were asked has helped nobody."""
+    (finding,) = found(override)
+    assert finding.level == "error" and said in finding.message
+
+
 def test_transforms_are_named_and_not_run(folder: Path) -> None:
     """Who reads the examples of a check must know that the run's are others."""
     (finding,) = found("data.transforms=[{kind: prune, keep: 0.5}]")

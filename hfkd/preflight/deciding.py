@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from hfkd.data.views import DistillationDataset
 from hfkd.preflight.findings import Finding
 from hfkd.run.build import Run
-from hfkd.run.deciding import check_sampler
+from hfkd.run.deciding import check_rows
 
 NAME = "what decides"
 REWARDED = "the run is rewarded, and the trials of a check know the teacher's part alone"
@@ -16,21 +16,21 @@ REWARDED = "the run is rewarded, and the trials of a check know the teacher's pa
 def decides(run: Run) -> bool:
     """Whether there is anything to say."""
     data = run.recipe.data
-    return data.sampler is not None or bool(data.transforms) or run.recipe.reinforcement is not None
+    return data.sampler is not None or bool(data.transforms or data.revise) or run.recipe.reinforcement is not None
 
 
 def check_deciding(run: Run, dataset: DistillationDataset) -> Iterator[Finding]:
-    """Let the sampler look at the rows that it would draw from.
+    """Let what decides look at the rows.
 
     Args:
         run: With its rows.
         dataset: Of the training examples.
 
     Raises:
-        ValueError: The sampler can't draw from these rows.
+        ValueError: Sampler, first transform or a reviser can't work with these rows.
     """
     data = run.recipe.data
-    if check_sampler(run, dataset):
+    if check_rows(run, dataset):
         yield Finding("pass", NAME, f"{data.sampler.kind} can draw from the {len(dataset)} examples.")
     if data.transforms:
         kinds = ", ".join(section.kind for section in data.transforms)

@@ -35,6 +35,17 @@ class Reviser(ABC):
         """
         self.trainer = trainer
 
+    def check(self, dataset: Any) -> None:
+        """Look at the examples before any model is asked.
+
+        Args:
+            dataset: A `DistillationDataset`.
+
+        Raises:
+            ValueError: They lack what this reviser goes by.
+        """
+        return None
+
     @abstractmethod
     def revise(self, batches: Sequence[dict[str, Any]], step: int) -> list[dict[str, Any]]:
         """Give new batches for the old ones; all processes call it at once.

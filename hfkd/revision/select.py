@@ -113,6 +113,11 @@ class Selection(Reviser):
         self._moving = self._fresh()
         self._figures: dict[str, tuple[float, float]] = {}
 
+    def check(self, dataset: Any) -> None:
+        """By domain there must be two of them."""
+        if self.per == "domain":
+            _named_domains(dataset)
+
     def attach(self, trainer: Any) -> None:
         """Look for a teacher and, where thresholds go by domain, for the domains.
 
@@ -305,7 +310,11 @@ def _domains(trainer: Any) -> list[str]:
             "select: per is 'domain', and the texts are written during training, which know no domain. Set per to "
             "'none', or answer to 'dataset'."
         )
-    groups = list(getattr(trainer.train_dataset, "groups", []))
+    return _named_domains(trainer.train_dataset)
+
+
+def _named_domains(dataset: Any) -> list[str]:
+    groups = list(getattr(dataset, "groups", []))
     if len(groups) < 2:
         found = (
             f"only the domain {groups[0]!r}" if groups else "no value in the column 'domain' of some row, or no rows"

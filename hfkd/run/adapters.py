@@ -27,7 +27,7 @@ from hfkd.record import RunRecord, check_output_folder, read_record
 from hfkd.rollout.on_policy import Mixture
 from hfkd.run.build import Run, check_engine, check_imports, make_parts, settings_of
 from hfkd.run.conduct import RunResult
-from hfkd.run.deciding import check_sampler
+from hfkd.run.deciding import check_rows
 from hfkd.run.expected import expected_contract
 from hfkd.run.models import load_tokenizer
 from hfkd.run.rows import load_data
@@ -132,7 +132,7 @@ def _look_at_texts(run: Run) -> None:
     dataset = fitting(run)[1]
     if recipe.reinforcement is None:
         check_second_view(run.objective, run.teacher, dataset, Mixture.of(recipe.data.shares))
-    check_sampler(run, dataset)
+    check_rows(run, dataset)
     if isinstance(run.teacher, CachedTeacher):
         run.teacher.expect(expected_contract(run, dataset))
 

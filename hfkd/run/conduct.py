@@ -44,7 +44,7 @@ from hfkd.record import (
 )
 from hfkd.rollout.on_policy import Mixture
 from hfkd.run.build import ASIDE, Run, build, make_config
-from hfkd.run.deciding import check_sampler, transformed
+from hfkd.run.deciding import check_rows, transformed
 from hfkd.run.evaluation import ask, movable, plain_results
 from hfkd.run.expected import expected_contract
 from hfkd.run.models import load_student, save_base
@@ -290,7 +290,7 @@ class _Conductor:
         mixture = Mixture.of(self.recipe.data.shares)
         if self.recipe.reinforcement is None:
             check_second_view(self.run.objective, self.run.teacher, dataset, mixture)
-        check_sampler(self.run, dataset)
+        check_rows(self.run, dataset)
         if isinstance(self.run.teacher, CachedTeacher):
             self.run.teacher.expected = expected_contract(self.run, dataset)
             self.run.teacher.prepare(PartialState(), self.run.model)  # another cache is refused before time is spent

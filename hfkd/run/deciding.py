@@ -10,7 +10,7 @@ from typing import Any
 
 from hfkd.data.views import DistillationDataset
 from hfkd.errors import NothingToLearn
-from hfkd.recipe.parts import make_sampler, make_transforms
+from hfkd.recipe.parts import make_revisers, make_sampler, make_transforms
 from hfkd.run.build import Run
 from hfkd.run.evaluation import movable
 from hfkd.run.texts import Rows, fixed_demonstrations, prepare_to_write
@@ -18,21 +18,26 @@ from hfkd.run.training import make_rollout
 from hfkd.transforms.base import Workshop
 
 
-def check_sampler(run: Run, dataset: DistillationDataset) -> bool:
-    """Let the recipe's sampler look at the examples, before anything is asked or trained.
+def check_rows(run: Run, dataset: DistillationDataset) -> bool:
+    """Let the recipe's sampler, its first transform and its revisers look at the examples, before anything is asked.
 
     Args:
         run: With its settings.
         dataset: Of the training examples; of what transforms will make of them nothing is known yet.
 
     Returns:
-        Whether it looked: there is a sampler, and no transform comes first.
+        Whether there is a sampler that looked; none does where a transform comes first.
 
     Raises:
-        ValueError: It can't draw from these rows.
+        ValueError: One of them can't work with these rows.
     """
+    if transforms := make_transforms(run.recipe):
+        transforms[0].check([dataset.row(index) for index in range(len(dataset))])
+        return False
+    for reviser in make_revisers(run.recipe):
+        reviser.check(dataset)
     sampler, config = make_sampler(run.recipe), run.config
-    if sampler is None or run.recipe.data.transforms:
+    if sampler is None:
         return False
     size = config.train_batch_size * config.gradient_accumulation_steps * config.world_size
     seed = config.seed if config.data_seed is None else config.data_seed

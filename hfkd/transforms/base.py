@@ -60,6 +60,17 @@ class RowTransform(ABC):
     needs_teacher: bool = False
     writes: tuple[str, ...] = ()
 
+    def check(self, rows: Sequence[Row]) -> None:
+        """Look at the rows before any model is asked; the first transform of a recipe is called so.
+
+        Args:
+            rows: As they were loaded: answers that the teacher is to write aren't there yet.
+
+        Raises:
+            ValueError: They can't be transformed.
+        """
+        return None
+
     @abstractmethod
     def apply(self, rows: Sequence[Row], workshop: Workshop) -> list[Row]:
         """Return the rows that are trained on; the given ones stay as they are. All processes call it at once and

@@ -50,6 +50,11 @@ class PruneRows(RowTransform):
         self._score: Callable[[Row], Any] | None = import_function(by, "by") if ":" in by else None
         self._told: dict[str, Any] = {}
 
+    def check(self, rows: Sequence[Row]) -> None:
+        """Each row needs a number in the column; what a function says of it is asked later, when answers are there."""
+        if self.by != RANDOM and self._score is None:
+            self._numbers(rows)
+
     def apply(self, rows: Sequence[Row], workshop: Workshop) -> list[Row]:
         """Choose by the run's seed.
 
@@ -59,8 +64,9 @@ class PruneRows(RowTransform):
         order = list(range(len(rows)))
         random.Random(f"{workshop.seed}/prune").shuffle(order)  # a string seed is the same on every machine
         if self.by != RANDOM:
-            numbers = [self._number(place, row) for place, row in enumerate(rows)]
-            order.sort(key=numbers.__getitem__, reverse=self.take == "highest")  # stable: chance stays between equals
+            order.sort(
+                key=self._numbers(rows).__getitem__, reverse=self.take == "highest"
+            )  # stable: chance stays between equals
         chosen = sorted(order[: max(1, round(self.keep * len(rows)))])
         self._told = {"rows": len(rows), "kept": len(chosen), "by": self.by}
         return [rows[place] for place in chosen]
@@ -68,6 +74,9 @@ class PruneRows(RowTransform):
     def describe(self) -> dict[str, Any]:
         """How many of how many rows were kept, and by what."""
         return dict(self._told)
+
+    def _numbers(self, rows: Sequence[Row]) -> list[float]:
+        return [self._number(place, row) for place, row in enumerate(rows)]
 
     def _number(self, place: int, row: Mapping[str, Any]) -> float:
         found = self._score(row) if self._score is not None else row.get(self.by)
