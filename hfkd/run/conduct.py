@@ -172,10 +172,9 @@ class _Conductor:
         if self.recipe.data.answer == "teacher":
             with self._clock("teacher_answers"):
                 rows = self._with_teacher_answers(rows)
-        with self._clock("transforms"):
-            rows, told = transformed(run, rows, lambda text: self.console.print(text, markup=False, highlight=False))
-        if told:
-            self.record.data["transforms"] = told
+        if self.recipe.data.transforms:
+            with self._clock("transforms"):
+                rows, self.record.data["transforms"] = transformed(run, rows, self._say)
         if "dataset" not in self.recipe.data.shares:
             rows = unanswered(run, rows)
         rewarded = self.recipe.reinforcement is not None
@@ -213,6 +212,9 @@ class _Conductor:
             gc.collect()
             with self._clock("gold_baseline"):
                 self._gold_baseline(gold_rows)
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False)
 
     def _fidelity_texts(self) -> DistillationDataset | None:
         """The held-out texts for both models; rows that lack what a teacher needs are a reason, not an end."""
