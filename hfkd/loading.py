@@ -144,21 +144,25 @@ def commit_of(name: str, options: Mapping[str, Any] | None = None) -> str | None
     return next((_commit_in(Path(path)) for path in found if isinstance(path, str)), None)
 
 
-def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
-    """Put a trained adapter on a model.
+def load_adapter(model: nn.Module, folder: Path, name: str = "default") -> nn.Module:
+    """Put a trained adapter on a model, beside those that are on it.
 
     Args:
         model: What the adapter was trained on.
         folder: Holds `adapter_config.json` and `adapter_model.safetensors`.
+        name: What the model calls it.
 
     Raises:
         OSError: Its weights are pickled, or a file is missing or damaged.
     """
     from peft import PeftModel
 
-    what = f"the adapter in {folder}"
+    what = f"the adapter in {folder}" if name == "default" else f"the adapter {name!r} in {folder}"
     _refuse_pickles(folder, what)
-    return readable(lambda: PeftModel.from_pretrained(model, str(folder)), what)
+    if isinstance(model, PeftModel):
+        readable(lambda: model.load_adapter(str(folder), adapter_name=name), what)
+        return model
+    return readable(lambda: PeftModel.from_pretrained(model, str(folder), adapter_name=name), what)
 
 
 def readable(load: Callable[[], Any], what: str) -> Any:

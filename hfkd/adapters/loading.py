@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hfkd.loading import readable
+from hfkd.loading import load_adapter
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -33,7 +33,6 @@ def load_adapters(model: nn.Module, folders: Mapping[str, str | Path]) -> PeftMo
         ValueError: There are no folders.
         OSError: A file is missing or damaged, or belongs to another model; weights that are pickled aren't read.
     """
-    from peft import PeftModel
 
     if not folders:
         raise ValueError("got no adapter to load; expected at least one name with its folder")
@@ -43,15 +42,8 @@ def load_adapters(model: nn.Module, folders: Mapping[str, str | Path]) -> PeftMo
         missing = [file for file in _FILES if not (Path(folder) / file).is_file()]
         if missing:
             raise OSError(f"{what} has no {' and no '.join(missing)}; expected the folder of a finished run")
-        adapted = _loaded(PeftModel, model if adapted is None else adapted, name, Path(folder), what)
+        adapted = load_adapter(model if adapted is None else adapted, Path(folder), name)
     return adapted.eval()
-
-
-def _loaded(kind: type[PeftModel], model: nn.Module, name: str, folder: Path, what: str) -> PeftModel:
-    if not isinstance(model, kind):
-        return readable(lambda: kind.from_pretrained(model, str(folder), adapter_name=name), what)
-    readable(lambda: model.load_adapter(str(folder), adapter_name=name), what)
-    return model
 
 
 def adapter_names(model: nn.Module) -> list[str]:
