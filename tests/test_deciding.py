@@ -212,6 +212,16 @@ def test_reading_needs_a_teacher(tmp_path: Path) -> None:
         read_batch(trainer, next(iter(trainer.get_train_dataloader())))
 
 
+class WeighSome(RowTransform):
+    """Weights for all rows but the first, as where another transform adds rows behind one that weighs."""
+
+    writes = ("token_weights",)
+
+    def apply(self, rows: Sequence[dict[str, Any]], workshop: Workshop) -> list[dict[str, Any]]:
+        """Half of the weight."""
+        return [rows[0], *({**row, "token_weights": 0.5} for row in rows[1:])]
+
+
 def made_rows(count: int = 6) -> tuple[DenseRows, DenseRows, Tensor]:
     torch.manual_seed(1)
     weight = torch.randn(11, 4)
@@ -280,6 +290,21 @@ def test_a_recipe_switches_them_on(folder: Path) -> None:
     told = result.record.to_dict()["data"]["transforms"]
     assert told == [{"kind": "test_deciding:Keep", "before": 16, "after": 5, "count": 5}]
     assert "16 rows became 5" in words.getvalue()
+
+
+def test_weights_that_a_transform_wrote_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that nobody reads change nothing; a row that came without one must count in full and not end the run."""
+    seen: list[set[float]] = []
+    counted = Objective.forward
+
+    def counting(self: Objective, *args: Any, **kwargs: Any) -> Any:
+        seen.append(set() if args[3] is None else set(args[3].tolist()))
+        return counted(self, *args, **kwargs)
+
+    monkeypatch.setattr(Objective, "forward", counting)
+    changes = ["data.transforms=[{kind: 'test_deciding:WeighSome'}]", "training.max_steps=8"]
+    run_recipe(load_recipe("recipe.yaml", changes), console=Console(file=io.StringIO()))
+    assert set().union(*seen) == {0.5, 1.0}
 
 
 def test_a_transform_that_leaves_nothing_stops_the_run(folder: Path) -> None:

@@ -57,14 +57,10 @@ def _places(recipe: Recipe) -> Iterator[tuple[str, Any]]:
             yield f"loss.terms.{number}.{name}", value  # a loss may take a function by its name, `spans` for one
     data = recipe.data
     yield "data.token_weights", data.token_weights
-    parts = {"data.sampler": data.sampler}
-    parts |= {f"data.revise.{number}": part for number, part in enumerate(data.revise)}
-    parts |= {f"data.transforms.{number}": part for number, part in enumerate(data.transforms)}
-    for key, part in parts.items():
-        if part is not None:
-            yield f"{key}.kind", part.kind
-            own = {name: value for name, value in (part.model_extra or {}).items() if name != "path"}  # rows, no code
-            yield from _texts(own, key)
+    for key, part in data.parts.items():
+        yield f"{key}.kind", part.kind
+        own = {name: value for name, value in (part.model_extra or {}).items() if name != "path"}  # rows, no code
+        yield from _texts(own, key)
     yield "data.prompt.builder", data.prompt.builder
     yield "data.train.format", data.train.format
     yield "data.demonstrations.format", data.demonstrations.format

@@ -8,9 +8,10 @@ they are defined.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 from hfkd.named import OWN_NAME, import_class
-from hfkd.recipe.schema import PartSection, Recipe
+from hfkd.recipe.schema import Recipe
 from hfkd.recipe.source import near, shown
 from hfkd.recipe.values import argument_faults
 from hfkd.revision import REVISERS, Reviser
@@ -19,16 +20,29 @@ from hfkd.transforms import TRANSFORMS, RowTransform
 
 Part = ExampleSampler | Reviser | RowTransform
 
-_WORDS = {"sampler": "sampler", "revise": "reviser", "transforms": "transform"}
+
+class _Place(NamedTuple):
+    """What may stand under a key of `data`: what it is called, its built-in classes, their base."""
+
+    word: str
+    known: Mapping[str, str]
+    base: type[Part]
+
+
+_PLACES = {
+    "transforms": _Place("transform", TRANSFORMS, RowTransform),
+    "sampler": _Place("sampler", SAMPLERS, ExampleSampler),
+    "revise": _Place("reviser", REVISERS, Reviser),
+}
 
 
 def part_faults(recipe: Recipe) -> Iterator[str]:
     """Faults of the parts, each under its key; classes of the user's own aren't imported."""
-    for key, section, known, base in _places(recipe):
+    for key, section in recipe.data.parts.items():
+        word, known, base = _PLACES[key.split(".")[1]]
         if OWN_NAME.match(section.kind):
             continue
         if section.kind not in known:
-            word = _WORDS[key.split(".")[1]]
             yield (
                 f"{key}.kind: there is no {word} {shown(section.kind)}{near(section.kind, known)} (known: "
                 f"{', '.join(known)}; your own is named as package.module:Class)"
@@ -53,42 +67,35 @@ def make_sampler(recipe: Recipe) -> ExampleSampler | None:
     Raises:
         ValueError: A class of the user's own can't be imported, or refuses its arguments. So do the next two.
     """
-    found = [part for part in _made(recipe) if isinstance(part, ExampleSampler)]
-    return found[0] if found else None
+    return next(iter(_made(recipe, "sampler")), None)
 
 
 def make_revisers(recipe: Recipe) -> list[Reviser]:
     """The revisers of a recipe, in their order."""
-    return [part for part in _made(recipe) if isinstance(part, Reviser)]
+    return _made(recipe, "revise")
 
 
 def make_transforms(recipe: Recipe) -> list[RowTransform]:
     """The transforms of a recipe, in their order."""
-    return [part for part in _made(recipe) if isinstance(part, RowTransform)]
+    return _made(recipe, "transforms")
 
 
-def _made(recipe: Recipe) -> Iterator[Part]:
-    for key, section, known, base in _places(recipe):
-        cls, given = (
-            import_class(known.get(section.kind, section.kind), f"{key}.kind", base),
-            section.model_extra or {},
-        )
+def _made(recipe: Recipe, place: str) -> list[Any]:
+    """The objects of one place, in their order."""
+    _, known, base = _PLACES[place]
+    made = []
+    for key, section in recipe.data.parts.items():
+        if key.split(".")[1] != place:
+            continue
+        cls = import_class(known.get(section.kind, section.kind), f"{key}.kind", base)
+        given = section.model_extra or {}
         if faults := list(argument_faults(key, cls, given)):
             raise ValueError("; ".join(faults))
         try:
-            yield cls(**given)
+            made.append(cls(**given))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{key}: {error}") from error
-
-
-def _places(recipe: Recipe) -> Iterator[tuple[str, PartSection, Mapping[str, str], type[Part]]]:
-    data = recipe.data
-    if data.sampler is not None:
-        yield "data.sampler", data.sampler, SAMPLERS, ExampleSampler
-    for number, section in enumerate(data.revise):
-        yield f"data.revise.{number}", section, REVISERS, Reviser
-    for number, section in enumerate(data.transforms):
-        yield f"data.transforms.{number}", section, TRANSFORMS, RowTransform
+    return made
 
 
 def _beside(recipe: Recipe, key: str, part: Part) -> Iterator[str]:

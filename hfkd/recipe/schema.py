@@ -231,6 +231,14 @@ class DataSection(Section):
     seed: int = 0
 
     @property
+    def parts(self) -> dict[str, PartSection]:
+        """What decides what is learned, by its key, in the order in which it does."""
+        found = {f"data.transforms.{number}": part for number, part in enumerate(self.transforms)}
+        if self.sampler is not None:
+            found["data.sampler"] = self.sampler
+        return found | {f"data.revise.{number}": part for number, part in enumerate(self.revise)}
+
+    @property
     def shares(self) -> dict[str, float]:
         """Who writes the answers of a step in training; what was written before belongs to the data set."""
         if isinstance(self.answer, dict):

@@ -5,7 +5,7 @@ writes to them. A run and the building of a cache must find the same ones.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,7 +66,13 @@ def _weights(run: Run, rows: Sequence[dict[str, Any]]) -> TokenWeights | None:
     named = token_weights(run.recipe.data.token_weights)
     if named is not None or not run.recipe.data.transforms or not any(WEIGHTS in row for row in rows):
         return named
-    return WEIGHTS if any(WEIGHTS in one.writes for one in make_transforms(run.recipe)) else None
+    return _written if any(WEIGHTS in one.writes for one in make_transforms(run.recipe)) else None
+
+
+def _written(row: Mapping[str, Any], ids: Sequence[int]) -> float | Sequence[float]:
+    """The weights that a transform gave a row; 1 for one that came later."""
+    weights = row.get(WEIGHTS)
+    return 1.0 if weights is None else weights
 
 
 def fidelity_texts(run: Run) -> DistillationDataset | None:

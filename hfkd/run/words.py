@@ -104,10 +104,8 @@ def _answers(run: Run) -> str:
 
 def _deciding(run: Run) -> list[str]:
     """Which parts decide what is learned; no line without any."""
-    data = run.recipe.data
-    parts = [*(part.kind for part in data.transforms), *([data.sampler.kind] if data.sampler else [])]
-    parts += [part.kind for part in data.revise]
-    return [f"Decides     {', '.join(parts)}"] if parts else []
+    kinds = [part.kind for part in run.recipe.data.parts.values()]
+    return [f"Decides     {', '.join(kinds)}"] if kinds else []
 
 
 def _objective(run: Run) -> str:
