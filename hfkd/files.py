@@ -1,5 +1,5 @@
 """Files that are there whole or not at all: nobody reads half of one, and a failure keeps the one before. And what
-tells one file from another.
+tells one file from another, and who may write into a folder.
 """
 
 from __future__ import annotations
@@ -8,9 +8,12 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from filelock import FileLock, Timeout
 
 
 def write_whole(path: str | Path, content: bytes | str | Callable[[BinaryIO], Any]) -> Path:
@@ -76,3 +79,28 @@ def file_digest(path: str | Path) -> str:
     """SHA-256 of a file, in hex digits."""
     with Path(path).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextmanager
+def held(lock: Path, *, no_folder: Exception, busy: Exception) -> Iterator[None]:
+    """Hold a folder against other processes while it is written; it is made if need be.
+
+    Args:
+        lock: The file that says so, in that folder; gone afterwards.
+        no_folder: Raised where a file lies in the folder's place, or in one above it.
+        busy: Raised where another process holds it.
+    """
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise no_folder from None
+    holder = FileLock(lock)
+    try:
+        holder.acquire(timeout=0)
+    except Timeout:
+        raise busy from None
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        holder.release()

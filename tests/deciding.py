@@ -1,15 +1,20 @@
-"""Trainers with revisers, and figures of tokens made by hand. Shared by the tests of hfkd.revision."""
+"""Trainers with revisers, figures of tokens made by hand, and the recipe of a run of two steps. Shared by the tests of
+what decides what is learned.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 import training
-from conftest import make_model
+import yaml
+from conftest import make_model, make_tokenizer
 from training import trained_weights
 
 from hfkd.data.views import DistillationDataset
@@ -82,3 +87,18 @@ def trained(trainer: Any) -> dict[str, torch.Tensor]:
 def log(trainer: Any, name: str) -> list[float]:
     """A figure of each step."""
     return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def lay_out(rows: Sequence[Mapping[str, Any]], demonstrations: int = 4) -> None:
+    """Write a model, these rows and a recipe of two steps into the working folder: `recipe.yaml`."""
+    make_model().save_pretrained("model")
+    make_tokenizer().save_pretrained("model")
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = {
+        "student": {"model": "model", "lora": {"r": 2, "alpha": 4}},
+        "teacher": {"kind": "self"},
+        "data": {"train": {"path": "rows.jsonl"}, "demonstrations": {"count": demonstrations}},
+        "evaluation": {"shots": [0], "size": 4, "max_new_tokens": 3, "fidelity": False},
+        "training": {"output_dir": "out", "max_steps": 2, "per_device_train_batch_size": 2, "use_cpu": True},
+    }
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe))

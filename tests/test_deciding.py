@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
-from conftest import make_model, make_tokenizer
+from deciding import lay_out
 from rich.console import Console
 from torch import Tensor
 from training import ROWS, make_trainer, trained_weights
@@ -258,18 +257,7 @@ def test_private_survives_the_way_to_the_trainer() -> None:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    make_model().save_pretrained("model")
-    make_tokenizer().save_pretrained("model")
-    rows = [{"prompt": f"verb{number}", "completion": f"verb{number}ed"} for number in range(24)]
-    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    recipe = {
-        "student": {"model": "model", "lora": {"r": 2, "alpha": 4}},
-        "teacher": {"kind": "self"},
-        "data": {"train": {"path": "rows.jsonl"}, "demonstrations": {"count": 4}},
-        "evaluation": {"shots": [0], "size": 4, "max_new_tokens": 3, "fidelity": False},
-        "training": {"output_dir": "out", "max_steps": 2, "per_device_train_batch_size": 2, "use_cpu": True},
-    }
-    Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
+    lay_out([{"prompt": f"verb{number}", "completion": f"verb{number}ed"} for number in range(24)])
     return tmp_path
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import io
-import json
 from pathlib import Path
 
 import pytest
-import yaml
-from conftest import make_model, make_tokenizer
+from deciding import lay_out
 from rich.console import Console
 
 from hfkd.preflight import check_recipe
@@ -20,18 +18,8 @@ from hfkd.run import run_recipe
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    make_model().save_pretrained("model")
-    make_tokenizer().save_pretrained("model")
     rows = [{"prompt": f"verb{number}", "completion": "ed", "domain": "one"} for number in range(40)]
-    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    recipe = {
-        "student": {"model": "model", "lora": {"r": 2, "alpha": 4}},
-        "teacher": {"kind": "self"},
-        "data": {"train": {"path": "rows.jsonl"}, "demonstrations": {"count": 2}},
-        "evaluation": {"shots": [0], "size": 4, "max_new_tokens": 2, "fidelity": False},
-        "training": {"output_dir": "out", "max_steps": 2, "per_device_train_batch_size": 2, "use_cpu": True},
-    }
-    Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
+    lay_out(rows, demonstrations=2)
     return tmp_path
 
 

@@ -9,14 +9,14 @@ import errno
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from filelock import FileLock, Timeout
 
 from hfkd.cache.format import MANIFEST_NAME, CacheError
+from hfkd.files import held
 
 LOCK_NAME = ".build.lock"
 _NAMES = r"(manifest\.json|head\.safetensors|part-\d{5,}\.(parquet|json))"
@@ -36,22 +36,16 @@ def alone_in(folder: Path) -> Iterator[None]:
         CacheError: Another build holds it, or a file lies where it should be.
     """
     folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise CacheError(f"--out: {folder} is a file, or lies below one; expected a folder.") from None
-    lock = FileLock(folder / LOCK_NAME)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise CacheError(f"Another build runs in {folder}. Wait until it ends, or choose another folder.") from None
-    try:
+    no_folder = CacheError(f"--out: {folder} is a file, or lies below one; expected a folder.")
+    busy = CacheError(f"Another build runs in {folder}. Wait until it ends, or choose another folder.")
+    with ExitStack() as afterwards, held(folder / LOCK_NAME, no_folder=no_folder, busy=busy):
+        afterwards.callback(_remove_empty, folder)
         yield
-    finally:
-        (folder / LOCK_NAME).unlink(missing_ok=True)
-        lock.release()
-        with suppress(OSError):  # something lies in it
-            folder.rmdir()
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):  # something lies in it
+        folder.rmdir()
 
 
 def clear_cache(folder: Path) -> bool:

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from hfkd.files import held
 
 LEDGER_NAME = "ledger.jsonl"
 
@@ -148,20 +148,10 @@ def alone(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: Another run holds it, or it is a file.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise ValueError(f"output_dir: {folder} is a file, or lies below one; expected a folder") from None
-    lock = FileLock(folder / ".label.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ValueError(f"Another `hfkd label` writes into {folder}; wait for its end, or choose another.") from None
-    try:
+    no_folder = ValueError(f"output_dir: {folder} is a file, or lies below one; expected a folder")
+    busy = ValueError(f"Another `hfkd label` writes into {folder}; wait for its end, or choose another.")
+    with held(folder / ".label.lock", no_folder=no_folder, busy=busy):
         yield
-    finally:
-        (folder / ".label.lock").unlink(missing_ok=True)
-        lock.release()
 
 
 def _entry(found: Any) -> Entry:
