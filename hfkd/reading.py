@@ -57,10 +57,36 @@ def _inside(trainer: Trainer, module: nn.Module, batch: Batch, top_k: int, found
             "student's vocabulary. Take a teacher with the student's tokenizer, or a cache with the codec topk or "
             "hidden."
         )
-    hidden, labels = run_view(module, batch.student, trainer.args.padding_free)
-    student, layout = DenseRows(supervised(hidden, labels), Head.of(module)), RowLayout.of(batch.student.labels)
+    student = student_rows(trainer, module, batch)
     listed = rows.ids.shape[-1] if isinstance(rows, TopKRows) else rows.vocab_size
+    found.append(figures_of_batch(trainer, batch, student, rows, min(top_k, listed)))
+    return torch.zeros((), device=student.hidden.device)
+
+
+def student_rows(trainer: Trainer, module: nn.Module, batch: Batch) -> DenseRows:
+    """The student's rows of a batch; to be called inside the wrapped forward.
+
+    Args:
+        trainer: Says how the view is run.
+        module: The student.
+        batch: On its device.
+    """
+    hidden, labels = run_view(module, batch.student, trainer.args.padding_free)
+    return DenseRows(supervised(hidden, labels), Head.of(module))
+
+
+def figures_of_batch(
+    trainer: Trainer, batch: Batch, student: DenseRows, teacher: LogitRows | TopKRows, top_k: int
+) -> TokenFigures:
+    """The token figures of a batch whose rows are there.
+
+    Args:
+        trainer: Says how many rows are projected at once.
+        batch: The text.
+        student: From `student_rows`.
+        teacher: What the teacher said of the same tokens.
+        top_k: No more than the teacher lists.
+    """
+    layout = RowLayout.of(batch.student.labels)
     places = (batch.student.targets, layout.sequence, layout.position)
-    size = trainer.objective.chunk_size
-    found.append(figures_of(student, rows, *places, top_k=min(top_k, listed), chunk_size=size))
-    return torch.zeros((), device=hidden.device)
+    return figures_of(student, teacher, *places, top_k=top_k, chunk_size=trainer.objective.chunk_size)

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from hfkd.batch import Batch
 from hfkd.data.views import DistillationDataset
 from hfkd.distributed import run_inside
-from hfkd.packing import run_view
-from hfkd.rows import DenseRows, Head, RowLayout, TopKRows, supervised
+from hfkd.reading import figures_of_batch, student_rows
+from hfkd.rows import TopKRows
 from hfkd.signal import DISTRIBUTION
 from hfkd.student import as_it_was, check_head
 from hfkd.teacher_rows import LogitRows, TeacherRows
 from hfkd.teachers import Teacher
-from hfkd.token_figures import TokenFigures, figures_of, join
+from hfkd.token_figures import TokenFigures, join
 from hfkd.trainer import DistillationTrainer
 
 VOCABULARY = "vocabulary"
@@ -103,22 +103,15 @@ class Walk:
         return done, None, None
 
     def _inside(self, module: nn.Module, batch: Batch, found: list[TokenFigures]) -> Tensor:
-        teacher, flat = self.trainer.teacher, self.trainer.args.padding_free
         self._check_heads(module, batch)
         with self._held_back():
-            rows = teacher.signal(batch, frozenset({DISTRIBUTION})).rows
+            rows = self.trainer.teacher.signal(batch, frozenset({DISTRIBUTION})).rows
             self._look_at(rows)
-        hidden, labels = run_view(module, batch.student, flat)
-        student, layout = DenseRows(supervised(hidden, labels), Head.of(module)), RowLayout.of(batch.student.labels)
+        student = student_rows(self.trainer, module, batch)
         with self._held_back():
             if self._error is None:
-                figures = figures_of(
-                    *(student, rows, batch.student.targets, layout.sequence, layout.position),
-                    top_k=self.top_k,
-                    chunk_size=self.trainer.objective.chunk_size,
-                )
-                found.append(figures)
-        return torch.zeros((), device=hidden.device)
+                found.append(figures_of_batch(self.trainer, batch, student, rows, self.top_k))
+        return torch.zeros((), device=student.hidden.device)
 
     @contextmanager
     def _held_back(self) -> Iterator[None]:
